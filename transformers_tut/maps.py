@@ -44,7 +44,7 @@ def as_maps(
         m = torch.as_tensor(m).detach().float().cpu()
         if m.ndim not in (3, 4): raise ValueError(f'a map must have the shape [B, H, Tq, Tk] or [H, Tq, Tk], got {list(m.shape)}')
         if m.ndim == 4:
-            if not 0 <= idx < len(m): raise ValueError(f'idx must be from 0 to {len(m) - 1}, one of the {len(m)} maps of the batch, got {idx}')
+            if not 0 <= idx < len(m): raise ValueError(f'idx must be from 0 to {len(m) - 1}, within the batch, got {idx}')
             m = m[idx]
         out.append(m)
     if len({m.shape for m in out}) > 1:

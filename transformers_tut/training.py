@@ -48,7 +48,8 @@ def atomic_write(
     scratch = Path(scratch)
     try:
         yield scratch
-        umask = os.umask(0); os.umask(umask)
+        umask = os.umask(0)
+        os.umask(umask)
         scratch.chmod(0o666 & ~umask)                     # what open() would have given, not mkstemp's private mode
         os.replace(scratch, path)
     finally: scratch.unlink(missing_ok=True)
