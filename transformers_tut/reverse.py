@@ -174,7 +174,8 @@ def save_map(
 def make_parser() -> argparse.ArgumentParser:
     "The command line of `tut_reverse`."
     parser = argparse.ArgumentParser(prog='tut_reverse', description='Train a Transformer to reverse sequences, test it, and draw '
-        'what it looks at. A second call with the same settings finds the trained model and only evaluates it; a call after an interruption goes on.')
+        'what it looks at. A second call with the same settings finds the trained model and only evaluates it; a call after an '
+        'interruption goes on.')
     what = parser.add_argument_group('what to do')
     what.add_argument('--recipe', choices=list(RECIPES), default='fast',
                       help='published: the settings of the course. fast: the same model, lr 0.005, 2 epochs (default)')
