@@ -13,7 +13,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import MultiheadAttention, check_int, check_probability, from_torch, like, to_torch
+from transformers_tut.attention import (
+    MultiheadAttention,
+    check_bool,
+    check_features,
+    check_int,
+    check_probability,
+    from_torch,
+    like,
+    to_torch,
+)
 
 # %% ../nbs/01_encoder.ipynb #c7c651ca
 class EncoderBlock(nn.Module):
@@ -30,7 +39,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         check_int('dim_feedforward', dim_feedforward), check_probability('dropout', dropout)
         check_probability('attention_dropout', attention_dropout)
-        self.norm_first = norm_first
+        self.norm_first = check_bool('norm_first', norm_first)
         self.self_attn = MultiheadAttention(input_dim, input_dim, num_heads, dropout=attention_dropout)
         self.linear_net = nn.Sequential(
             nn.Linear(input_dim, dim_feedforward), nn.Dropout(dropout), nn.ReLU(), nn.Linear(dim_feedforward, input_dim))
@@ -46,6 +55,7 @@ class EncoderBlock(nn.Module):
         return_attention: bool = False, # also return the weights
     ) -> Tensor | tuple[Tensor, Tensor]: # [B, T, D], and with `return_attention` the weights [B, H, T, T]
         "Mix the tokens, then compute on each (Vaswani et al. 2017, section 3.1; pre-LN: Xiong et al. 2020)."
+        check_features('x', x, self.self_attn.input_dim)
         attended = self.self_attn(self.norm1(x) if self.norm_first else x, mask, return_attention,
                                   key_padding_mask=key_padding_mask, is_causal=is_causal)
         attended, attention = attended if return_attention else (attended, None)
@@ -117,6 +127,7 @@ def _(block: EncoderBlock):
     out = like(out, block)
     out.self_attn = to_torch(block.self_attn)
     for ours, theirs in PAIRS: out.get_submodule(theirs).load_state_dict(block.get_submodule(ours).state_dict())
+    for norm in ['norm1', 'norm2']: out.get_submodule(norm).eps = block.get_submodule(norm).eps
     return out
 
 @from_torch.register

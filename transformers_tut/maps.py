@@ -24,7 +24,9 @@ def as_labels(
     if data is None: return [str(i) for i in range(length)]
     if isinstance(data, str) or not isinstance(data, Sequence) and not hasattr(data, 'tolist'):
         raise TypeError(f'{name} must be a list of labels, a tensor or None, got {type(data).__name__}')
-    if getattr(data, 'ndim', 1) > 1: data = data[idx]
+    if getattr(data, 'ndim', 1) > 1:
+        if idx >= len(data): raise ValueError(f'{name} must have labels for sequence {idx}, got {len(data)} sequences')
+        data = data[idx]
     labels = [str(d) for d in (data.tolist() if hasattr(data, 'tolist') else data)]
     if len(labels) != length: raise ValueError(f'{name} must have {length} labels, one for each token of the map, got {len(labels)}')
     return labels

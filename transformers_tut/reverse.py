@@ -16,6 +16,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +27,7 @@ from .predictor import TransformerPredictor, quiet
 from transformers_tut.training import (
     Machine,
     Run,
+    Settings,
     TaskData,
     add_settings,
     atomic_write,
@@ -73,16 +76,16 @@ class ReversePredictor(TransformerPredictor):
         "The model's input for a batch of sequences."
         return F.one_hot(sequence.to(self.device), self.input_dim).to(self.dtype)
 
-# %% ../nbs/10_reverse.ipynb #a0ac01da
+# %% ../nbs/10_reverse.ipynb #f14f2367
 @dataclass(frozen=True)
-class ReverseSettings:
+class ReverseSettings(Settings):
     "What decides the result of a reverse run; the defaults are the published settings."
     num_categories: int = setting(10, 'number of different symbols')
     seq_len: int = setting(16, 'symbols in a sequence')
     train_size: int = setting(50_000, 'sequences to learn from')
     val_size: int = setting(1_000, 'sequences that choose the best epoch')
     test_size: int = setting(10_000, 'sequences for the report')
-    batch_size: int = setting(128, 'sequences in a step, on each device')
+    batch_size: int = setting(128, 'sequences in a step, shared out over the devices')
     model_dim: int = setting(32, 'width of the model')
     num_heads: int = setting(1, 'attention heads, divides the width')
     num_layers: int = setting(1, 'encoder blocks')
@@ -95,6 +98,7 @@ class ReverseSettings:
     seed: int = setting(42, 'decides data, initial weights and order')
 
     def __post_init__(self):
+        super().__post_init__()
         for name, minimum in dict(num_categories=2, seq_len=1, train_size=1, val_size=1, test_size=1, epochs=1, seed=0).items():
             check_int(name, getattr(self, name), minimum)
         if not self.gradient_clip_val >= 0: raise ValueError(f'gradient_clip_val must be at least 0, got {self.gradient_clip_val}')
@@ -206,10 +210,10 @@ def main(
         else:
             model, run = run_reverse(s, machine, out_dir, fresh)
             metrics, folder, checkpoint, result = run.metrics, run.folder, run.checkpoint, run.folder/'result.json'
-    except (ValueError, TypeError) as e: parser.error(str(e))
-    except ConnectionError as e: return print(f'tut_reverse: {e}', file=sys.stderr) or 1
-    except KeyboardInterrupt as e: return print(f'\ntut_reverse: {e}', file=sys.stderr) or 130
-    if model.trainer.global_rank: return 0
+    except (ValueError, TypeError, MisconfigurationException) as e: parser.error(str(e))
+    except OSError as e: return print(f'tut_reverse: {e}', file=sys.stderr) or 1
+    except KeyboardInterrupt as e: return print(f"\ntut_reverse: {e or 'interrupted'}", file=sys.stderr) or 130
+    if rank_zero_only.rank: return 0
     save_map(model, reverse_data(s).sets['test'].data[0], folder/'attention_map.png')
     if not published:
         print(f'trained {run.steps} steps in {run.seconds:.1f} s' if run.trained else f'found a model trained for {run.steps} steps')

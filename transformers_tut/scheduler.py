@@ -32,7 +32,7 @@ class CosineWarmupScheduler(LRScheduler):
             raise ValueError(f"warmup must be at most max_iters, got warmup={warmup} and max_iters={max_iters}: "
                              "shorten the warm-up or train for longer")
         if check_int("last_epoch", last_epoch, -1) >= 0 and not all("initial_lr" in g for g in optimizer.param_groups):
-            raise ValueError(f"last_epoch={last_epoch} goes on with an earlier run, but the optimizer has no initial_lr: "
+            raise ValueError(f"last_epoch={last_epoch} continues an earlier run, but the optimizer has no initial_lr: "
                              "load the optimizer's state first, or leave last_epoch at -1")
         for group in optimizer.param_groups: # plain floats: a NumPy number would make the checkpoint unsafe to load
             group.update({k: float(group[k]) for k in ("lr", "initial_lr") if isinstance(group.get(k), Real)})
@@ -60,7 +60,7 @@ class CosineWarmupScheduler(LRScheduler):
         "Go on where `state_dict` was taken: counter, schedule and base rates, and the rates in the optimizer."
         groups, rates = self.optimizer.param_groups, state_dict["_last_lr"]
         if len(rates) != len(groups):
-            raise ValueError(f"state_dict is of {len(rates)} parameter groups, the optimizer has {len(groups)}: "
+            raise ValueError(f"state_dict is of {len(rates)} parameter group(s), the optimizer has {len(groups)}: "
                              "build the optimizer as it was when the state was saved")
         super().load_state_dict(state_dict)
         for group, rate in zip(groups, rates):

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_URL', 'PUBLISHED', 'atomic_write', 'sha256', 'download', 'SafeCheckpointIO', 'TaskData', 'SeedEpochs',
-           'setting', 'run_name', 'add_settings', 'Machine', 'Run', 'set_aside', 'write_json', 'SaveOnInterrupt',
-           'make_trainer', 'interruptible', 'evaluate', 'train_task', 'checkpoint_root', 'published_checkpoint']
+           'setting', 'Settings', 'run_name', 'add_settings', 'Machine', 'Run', 'set_aside', 'write_json',
+           'SaveOnInterrupt', 'make_trainer', 'interruptible', 'readable', 'evaluate', 'train_task', 'checkpoint_root',
+           'published_checkpoint']
 
 # %% ../nbs/06_training.ipynb #ccac3cc1
 import argparse
 import hashlib
 import json
+import math
 import os
+import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -20,6 +24,8 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from http.client import HTTPException
+from numbers import Real
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -32,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from .attention import check_int
+from .attention import check_bool, check_int
 from .predictor import TransformerPredictor, quiet
 
 # %% ../nbs/06_training.ipynb #ca33a58d
@@ -86,7 +92,7 @@ def download(
             if (got := sha256(scratch)) != expected:
                 raise ValueError(f'{url} gave other content than expected ({scratch.stat().st_size} bytes, SHA-256 {got[:12]}... '
                                  f'instead of {expected[:12]}...): the download was cut or the file has changed')
-    except OSError as e:                                                           # URLError, HTTPError and time-outs are OSErrors
+    except (OSError, HTTPException) as e:                                          # URLError and time-outs are OSErrors
         raise ConnectionError(f'cannot download {url} ({e}); it needs a network connection, once') from e
     return path
 
@@ -108,7 +114,7 @@ class TaskData(pl.LightningDataModule):
         train: Dataset, # shuffled every epoch; a last, smaller batch is dropped
         val: Dataset, # for choosing the best epoch
         test: Dataset, # for the report
-        batch_size: int, # samples in a batch, on each device
+        batch_size: int, # samples in a step, shared out over the processes
         seed: int = 0, # decides the order, with the epoch
     ):
         super().__init__()
@@ -120,17 +126,21 @@ class TaskData(pl.LightningDataModule):
         "How many share the data."
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def loader(self, dataset, **kwargs):
-        return DataLoader(dataset, self.batch_size, generator=torch.Generator().manual_seed(self.seed), **kwargs)
+    def loader(self, dataset, world, **kwargs):
+        if self.batch_size % world:
+            raise ValueError(f'batch_size must be a multiple of the number of processes, got {self.batch_size} for {world}')
+        return DataLoader(dataset, self.batch_size//world, generator=torch.Generator().manual_seed(self.seed), **kwargs)
 
     def train_dataloader(self):
         world, rank = self.ranks()
         sampler = DistributedSampler(self.sets['train'], world, rank, shuffle=True, seed=self.seed, drop_last=True)
-        return self.loader(self.sets['train'], sampler=sampler, drop_last=True)
+        return self.loader(self.sets['train'], world, sampler=sampler, drop_last=True)
 
     def share(self, name):
         world, rank = self.ranks()
-        return self.loader(Subset(self.sets[name], range(rank, len(self.sets[name]), world)))
+        if len(self.sets[name]) < world:
+            raise ValueError(f'the {name} set must have a sample for each of {world} processes, got {len(self.sets[name])}')
+        return self.loader(Subset(self.sets[name], range(rank, len(self.sets[name]), world)), world)
 
     def val_dataloader(self): return self.share('val')
     def test_dataloader(self): return self.share('test')
@@ -150,6 +160,23 @@ def setting(
 ):
     "A field of a settings dataclass."
     return field(default=default, metadata={'help': text} | kwargs)
+
+# %% ../nbs/06_training.ipynb #78726a1c
+@dataclass(frozen=True)
+class Settings:
+    "Base of settings: each value is brought to its field's type, or refused by name."
+    def __post_init__(self):
+        checks = {bool: check_bool, int: lambda name, value: check_int(name, value, -sys.maxsize), float: self.number, str: self.text}
+        for f in fields(self): object.__setattr__(self, f.name, checks[type(f.default)](f.name, getattr(self, f.name)))
+
+    @staticmethod
+    def number(name, value):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f'{name} must be a number, got {value!r} of type {type(value).__name__}')
+        return float(value)
+
+    @staticmethod
+    def text(name, value): return str(value)
 
 # %% ../nbs/06_training.ipynb #3a5d90ce
 def run_name(
@@ -173,10 +200,10 @@ def add_settings(
         else: kwargs |= dict(type=type(f.default), metavar=type(f.default).__name__.upper())
         group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})", **kwargs)
 
-# %% ../nbs/06_training.ipynb #ee43bb28
+# %% ../nbs/06_training.ipynb #6fbb9c63
 @dataclass(frozen=True)
-class Machine:
-    "Where a run runs, and what it shows: nothing here changes what is learnt."
+class Machine(Settings):
+    "Where a run runs, and what it shows: settings mean the same on any of it."
     accelerator: str = setting('auto', 'cpu, gpu, mps or auto: the best there is')
     devices: str = setting('1', 'how many devices, a list of indices, or auto')
     strategy: str = setting('auto', 'how several devices work together, for example ddp')
@@ -191,7 +218,7 @@ class Run:
     metrics: dict # val_acc, test_acc, val_loss, test_loss
     trained: bool # False where a finished model was found
     seconds: float # of training, in this call
-    steps: int # optimiser steps of the finished model
+    steps: int # optimizer steps of the finished model
 
     @property
     def checkpoint(self) -> Path:
@@ -241,10 +268,12 @@ def make_trainer(
     if machine.tensorboard:
         logger = TensorBoardLogger(folder, name='', version='tensorboard')
         callbacks.append(LearningRateMonitor('step'))
+    if any(word in machine.strategy for word in ('spawn', 'fork', 'notebook')):
+        raise ValueError(f'strategy must start each process as a program of its own, as auto and ddp do, got {machine.strategy!r}')
     devices = int(machine.devices) if str(machine.devices).lstrip('-').isdigit() else machine.devices
     return pl.Trainer(accelerator=machine.accelerator, devices=devices, strategy=machine.strategy, logger=logger, callbacks=callbacks,
                       plugins=[SafeCheckpointIO()], enable_progress_bar=machine.progress, enable_model_summary=False,
-                      use_distributed_sampler=False, num_sanity_val_steps=0, **kwargs)
+                      use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10, **kwargs)
 
 # %% ../nbs/06_training.ipynb #50ace9f4
 @contextmanager
@@ -262,6 +291,17 @@ def interruptible(
         raise
     finally:
         if main: signal.signal(signal.SIGINT, handler)
+
+# %% ../nbs/06_training.ipynb #c5d3dcc0
+@contextmanager
+def readable(
+    folder: Path, # a run's folder
+):
+    "Turn the many errors of reading a damaged file into one that says what to do."
+    try: yield
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, json.JSONDecodeError, FileNotFoundError) as e:
+        raise ValueError(f'{folder} holds a damaged run ({type(e).__name__}); start with fresh=True or --fresh, '
+                         'which trains anew and keeps it under another name') from e
 
 # %% ../nbs/06_training.ipynb #e9f4d500
 def evaluate(
@@ -285,7 +325,7 @@ def train_task(
     machine: Machine | None = None, # where to run
     *,
     fresh: bool = False, # train anew, and keep an older run under another name
-    **trainer_args, # further arguments of `pl.Trainer`: `max_epochs`, `gradient_clip_val`, ...
+    **trainer_args, # further arguments of `pl.Trainer`, made from the settings: `max_epochs`, `gradient_clip_val`, ...
 ) -> tuple[TransformerPredictor, Run]: # the best model, and the report
     "Find the model for these settings, or train it; then evaluate the best epoch."
     folder, machine = Path(root)/run_name(settings), machine or Machine()
@@ -293,18 +333,24 @@ def train_task(
     if fresh: set_aside(folder)
     finished = not fresh and report.exists() and best.exists()
     resume = last if not fresh and last.exists() and not report.exists() else None
-    with torch.random.fork_rng(), quiet(), interruptible(folder):
+    with readable(folder):
+        steps = json.loads(report.read_text())['steps'] if finished else 0
+        for path in [best] if finished else [resume] if resume else []: torch.load(path, 'cpu', weights_only=True)['state_dict']
+    with torch.random.fork_rng(range(torch.cuda.device_count())), quiet(), interruptible(folder):
         torch.manual_seed(settings.seed)
         model, trainer = build(), make_trainer(folder, machine, settings.seed, **trainer_args)
         started = time.perf_counter()
         if not finished:
             write_json(folder/'settings.json', asdict(settings))
             trainer.fit(model, datamodule=data, ckpt_path=resume)
+            steps = trainer.global_step
         seconds = time.perf_counter() - started
+        with readable(folder): Path(best).stat()
         metrics = evaluate(model, data, trainer, best)
-    steps = json.loads(report.read_text())['steps'] if finished else trainer.global_step
+    if not all(map(math.isfinite, metrics.values())):
+        raise ValueError(f'the loss is no longer a number ({metrics}): training diverged; try a lower learning rate')
     if not finished: write_json(report, {**metrics, 'steps': steps, 'seconds': round(seconds, 2)})
-    return model, Run(folder, metrics, not finished, seconds if not finished else 0., steps)
+    return model.eval(), Run(folder, metrics, not finished, seconds if not finished else 0., steps)
 
 # %% ../nbs/06_training.ipynb #7a9a9893
 def checkpoint_root() -> Path: # `PATH_CHECKPOINT`, or saved_models/Transformers
