@@ -150,7 +150,7 @@ class SeedEpochs(pl.Callback):
     "Seed the random numbers of each epoch, by run, epoch and process."
     def __init__(self, seed: int): self.seed = seed
     def on_train_epoch_start(self, trainer, pl_module):
-        torch.manual_seed((self.seed*10_007 + trainer.current_epoch)*1_009 + trainer.global_rank)
+        torch.manual_seed((self.seed*10_007 + trainer.current_epoch)*1_009 + trainer.global_rank) # all different, up to those sizes
 
 # %% ../nbs/06_training.ipynb #2395a2ab
 def setting(
