@@ -25,7 +25,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from http.client import HTTPException
-from numbers import Real
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -38,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from .attention import check_bool, check_int
+from .attention import check_bool, check_int, check_number
 from .predictor import TransformerPredictor, quiet
 
 # %% ../nbs/06_training.ipynb #ca33a58d
@@ -156,27 +155,18 @@ class SeedEpochs(pl.Callback):
 def setting(
     default, # the default value
     text: str, # one line for `--help`
-    **kwargs, # further arguments of `argparse`'s `add_argument`
 ):
     "A field of a settings dataclass."
-    return field(default=default, metadata={'help': text} | kwargs)
+    return field(default=default, metadata={'help': text})
 
 # %% ../nbs/06_training.ipynb #78726a1c
 @dataclass(frozen=True)
 class Settings:
     "Base of settings: each value is brought to its field's type, or refused by name."
     def __post_init__(self):
-        checks = {bool: check_bool, int: lambda name, value: check_int(name, value, -sys.maxsize), float: self.number, str: self.text}
+        checks = {bool: check_bool, int: lambda name, value: check_int(name, value, -sys.maxsize), float: check_number,
+                  str: lambda name, value: str(value)}
         for f in fields(self): object.__setattr__(self, f.name, checks[type(f.default)](f.name, getattr(self, f.name)))
-
-    @staticmethod
-    def number(name, value):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f'{name} must be a number, got {value!r} of type {type(value).__name__}')
-        return float(value)
-
-    @staticmethod
-    def text(name, value): return str(value)
 
 # %% ../nbs/06_training.ipynb #3a5d90ce
 def run_name(
@@ -195,9 +185,8 @@ def add_settings(
     "Options for all settings. Those not given are absent from the result, so that a recipe can fill them in."
     group = parser.add_argument_group(title)
     for f in fields(cls):
-        kwargs = {k: v for k, v in f.metadata.items() if k != 'help'}
-        if isinstance(f.default, bool): kwargs['action'] = argparse.BooleanOptionalAction
-        else: kwargs |= dict(type=type(f.default), metavar=type(f.default).__name__.upper())
+        if isinstance(f.default, bool): kwargs = dict(action=argparse.BooleanOptionalAction)
+        else: kwargs = dict(type=type(f.default), metavar=type(f.default).__name__.upper())
         group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})", **kwargs)
 
 # %% ../nbs/06_training.ipynb #6fbb9c63
