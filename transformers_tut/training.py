@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED_URL', 'PUBLISHED', 'atomic_write', 'sha256', 'download', 'SafeCheckpointIO', 'TaskData', 'SeedEpochs',
            'setting', 'Settings', 'run_name', 'add_settings', 'Machine', 'Run', 'set_aside', 'write_json',
-           'SaveOnInterrupt', 'make_trainer', 'interruptible', 'readable', 'evaluate', 'train_task', 'checkpoint_root',
-           'published_checkpoint']
+           'SaveOnInterrupt', 'trainer_args', 'make_trainer', 'interruptible', 'readable', 'evaluate', 'train_task',
+           'checkpoint_root', 'dataset_root', 'published_checkpoint', 'reported', 'show_path']
 
 # %% ../nbs/06_training.ipynb #ccac3cc1
 import argparse
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -33,12 +34,13 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 from .attention import check_bool, check_int, check_number
-from .predictor import TransformerPredictor, quiet
+from .predictor import Classifier, quiet
 
 # %% ../nbs/06_training.ipynb #ca33a58d
 @contextmanager
@@ -71,26 +73,40 @@ def sha256(
 def download(
     url: str, # where the file is
     path, # where it goes
-    expected: str, # its SHA-256
+    expected: str | None, # its SHA-256, or at least 8 first digits of it; None: recorded in NAME.sha256 at the first download
     *,
     timeout: float = 30., # seconds without an answer before giving up
     progress: bool = True, # show a progress bar
 ) -> Path: # `path`, a file with the expected content
-    "Fetch a file whose hash is known; `ValueError` for other content, `ConnectionError` where it cannot be had."
-    path = Path(path)
+    "Fetch a file and check it; `ValueError` for other content, `ConnectionError` where it cannot be had whole."
+    path, record = Path(path), Path(f'{path}.sha256')
+    if expected is not None: known, origin = str(expected).lower(), 'expected'
+    else: known, origin = record.read_text()[:64] if record.exists() else None, str(record)
+    if known is not None and not re.fullmatch('[0-9a-f]{8,64}', known):
+        raise ValueError(f'{origin} must be a SHA-256, or at least 8 first hexadecimal digits of it, got {known!r}')
     if path.exists():
-        if sha256(path) == expected: return path
-        raise ValueError(f'{path} is not the file expected (SHA-256 {expected[:12]}...); move it away to download it again')
+        got = sha256(path)
+        if known is None:
+            raise ValueError(f'{path} has no record {record.name}; move it away, or, if you trust it, write its SHA-256 there: {got}')
+        if got.startswith(known): return path
+        raise ValueError(f'{path} is not the file expected (SHA-256 {got[:12]}..., {origin}: {known[:12]}...); '
+                         'move it away to download it again')
     try:
         with urllib.request.urlopen(url, timeout=timeout) as source, atomic_write(path) as scratch:
-            with tqdm(total=int(source.headers.get('Content-Length') or 0) or None, unit='B', unit_scale=True,
-                      desc=path.name, disable=not progress) as bar, open(scratch, 'wb') as f:
+            length = int(source.headers.get('Content-Length') or 0)
+            with tqdm(total=length or None, unit='B', unit_scale=True, desc=path.name, disable=not progress) as bar, \
+                    open(scratch, 'wb') as f:
                 while chunk := source.read(1 << 16):
                     f.write(chunk)
                     bar.update(len(chunk))
-            if (got := sha256(scratch)) != expected:
-                raise ValueError(f'{url} gave other content than expected ({scratch.stat().st_size} bytes, SHA-256 {got[:12]}... '
-                                 f'instead of {expected[:12]}...): the download was cut or the file has changed')
+            size, got = scratch.stat().st_size, sha256(scratch)
+            if length and size != length: raise ConnectionError(f'cut after {size} of {length} bytes')
+            if known and not got.startswith(known):
+                raise ValueError(f'{url} gave other content than expected ({size} bytes, SHA-256 {got[:12]}..., '
+                                 f'{origin}: {known[:12]}...): it was damaged on the way, or the file has changed')
+            if not known:
+                with atomic_write(record) as note: note.write_text(f'{got}  {path.name}\n')
+                print(f'{path.name}: {size} bytes, SHA-256 {got}, recorded in {record.name}')
     except (OSError, HTTPException) as e:                                          # URLError and time-outs are OSErrors
         raise ConnectionError(f'cannot download {url} ({e}); it needs a network connection, once') from e
     return path
@@ -115,9 +131,12 @@ class TaskData(pl.LightningDataModule):
         test: Dataset, # for the report
         batch_size: int, # samples in a step, shared out over the processes
         seed: int = 0, # decides the order, with the epoch
+        *,
+        train_sample: Dataset | None = None, # fixed training data on which accuracy is measured after training
     ):
         super().__init__()
         self.sets, self.batch_size, self.seed = dict(train=train, val=val, test=test), check_int('batch_size', batch_size), seed
+        if train_sample is not None: self.sets['train_sample'] = train_sample
         if batch_size > len(train):
             raise ValueError(f'batch_size must be at most the number of training samples, got {batch_size} for {len(train)}')
 
@@ -135,7 +154,10 @@ class TaskData(pl.LightningDataModule):
         sampler = DistributedSampler(self.sets['train'], world, rank, shuffle=True, seed=self.seed, drop_last=True)
         return self.loader(self.sets['train'], world, sampler=sampler, drop_last=True)
 
-    def share(self, name):
+    def share(self,
+        name: str, # 'val', 'test' or 'train_sample'
+    ) -> DataLoader: # in order, each sample in one process only
+        "This process's share of a set, for evaluation."
         world, rank = self.ranks()
         if len(self.sets[name]) < world:
             raise ValueError(f'the {name} set must have a sample for each of {world} processes, got {len(self.sets[name])}')
@@ -146,10 +168,12 @@ class TaskData(pl.LightningDataModule):
 
 # %% ../nbs/06_training.ipynb #91890f3a
 class SeedEpochs(pl.Callback):
-    "Seed the random numbers of each epoch, by run, epoch and process."
+    "Seed the random numbers of each epoch, by run, epoch and process; tell the training data the epoch, where they ask for it."
     def __init__(self, seed: int): self.seed = seed
     def on_train_epoch_start(self, trainer, pl_module):
         torch.manual_seed((self.seed*10_007 + trainer.current_epoch)*1_009 + trainer.global_rank) # all different, up to those sizes
+        train = trainer.datamodule.sets['train']
+        if hasattr(train, 'set_epoch'): train.set_epoch(trainer.current_epoch)
 
 # %% ../nbs/06_training.ipynb #2395a2ab
 def setting(
@@ -204,7 +228,7 @@ class Machine(Settings):
 class Run:
     "What a run left: its folder and its report."
     folder: Path # where the files are
-    metrics: dict # val_acc, test_acc, val_loss, test_loss
+    metrics: dict # val_acc, test_acc, val_loss, test_loss; with a `train_sample` also train_acc, train_loss
     trained: bool # False where a finished model was found
     seconds: float # of training, in this call
     steps: int # optimizer steps of the finished model
@@ -217,13 +241,13 @@ class Run:
 # %% ../nbs/06_training.ipynb #722fd861
 @rank_zero_only
 def set_aside(
-    folder: Path, # an earlier run
+    path: Path, # an earlier file, or a run's folder
 ) -> Path | None: # where it is now; None where there was none
-    "Rename an earlier run's folder to NAME.old-1, NAME.old-2 and so on."
-    if not folder.exists(): return None
+    "Rename a file or folder to NAME.old-1, NAME.old-2 and so on."
+    if not path.exists(): return None
     n = 1
-    while (target := folder.with_name(f'{folder.name}.old-{n}')).exists(): n += 1
-    return folder.rename(target)
+    while (target := path.with_name(f'{path.name}.old-{n}')).exists(): n += 1
+    return path.rename(target)
 
 # %% ../nbs/06_training.ipynb #c156b5a6
 @rank_zero_only
@@ -242,6 +266,17 @@ class SaveOnInterrupt(pl.Callback):
         if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1 and trainer.training and trainer.global_step:
             trainer.save_checkpoint(self.path)
 
+# %% ../nbs/06_training.ipynb #ed4089b5
+def trainer_args(
+    machine: Machine, # where it runs
+) -> dict: # arguments of `pl.Trainer`
+    "What all trainers have in common: the machine, safe files, and data that share themselves out."
+    if any(word in machine.strategy for word in ('spawn', 'fork', 'notebook')):
+        raise ValueError(f'strategy must start each process as a program of its own, as auto and ddp do, got {machine.strategy!r}')
+    devices = int(machine.devices) if machine.devices.lstrip('-').isdigit() else machine.devices
+    return dict(accelerator=machine.accelerator, devices=devices, strategy=machine.strategy, plugins=[SafeCheckpointIO()],
+                enable_progress_bar=machine.progress, enable_model_summary=False, use_distributed_sampler=False)
+
 # %% ../nbs/06_training.ipynb #d0ce135e
 def make_trainer(
     folder: Path, # the run's folder
@@ -257,17 +292,14 @@ def make_trainer(
     if machine.tensorboard:
         logger = TensorBoardLogger(folder, name='', version='tensorboard')
         callbacks.append(LearningRateMonitor('step'))
-    if any(word in machine.strategy for word in ('spawn', 'fork', 'notebook')):
-        raise ValueError(f'strategy must start each process as a program of its own, as auto and ddp do, got {machine.strategy!r}')
-    devices = int(machine.devices) if str(machine.devices).lstrip('-').isdigit() else machine.devices
-    return pl.Trainer(accelerator=machine.accelerator, devices=devices, strategy=machine.strategy, logger=logger, callbacks=callbacks,
-                      plugins=[SafeCheckpointIO()], enable_progress_bar=machine.progress, enable_model_summary=False,
-                      use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10, **kwargs)
+    return pl.Trainer(**trainer_args(machine), logger=logger, callbacks=callbacks, num_sanity_val_steps=0, log_every_n_steps=10,
+                      **kwargs)
 
 # %% ../nbs/06_training.ipynb #50ace9f4
 @contextmanager
 def interruptible(
-    folder: Path, # where the run's files are
+    folder: Path, # where the files are
+    kept: str = 'last.ckpt', # what is there if there is something to go on from
 ):
     "Turn Lightning's exit at Ctrl-C back into a KeyboardInterrupt that says how to go on."
     main = threading.current_thread() is threading.main_thread()
@@ -275,7 +307,7 @@ def interruptible(
     try: yield
     except (SystemExit, KeyboardInterrupt) as e:
         if isinstance(e.__context__, KeyboardInterrupt) or isinstance(e, KeyboardInterrupt):
-            found = 'what was learnt is kept in' if (folder/'last.ckpt').exists() else 'there was nothing to keep yet in'
+            found = 'what was done is kept in' if any(folder.glob(kept)) else 'there was nothing to keep yet in'
             raise KeyboardInterrupt(f'interrupted; {found} {folder}: start again with the same settings to go on') from None
         raise
     finally:
@@ -294,28 +326,32 @@ def readable(
 
 # %% ../nbs/06_training.ipynb #e9f4d500
 def evaluate(
-    model: TransformerPredictor, # takes the weights of `checkpoint`, if there is one
+    model: Classifier, # takes the weights of `checkpoint`, if there is one
     data: TaskData, # its data
     trainer: pl.Trainer, # where to run
     checkpoint: Path | None = None, # weights to load first
-) -> dict: # val_acc, test_acc, val_loss, test_loss
-    "Accuracy and loss over every validation and test sample."
+) -> dict: # train_acc and train_loss, if there is a `train_sample`; val_acc, val_loss, test_acc, test_loss
+    "Accuracy and loss over every validation and test sample, and of the fixed sample of training data."
     metrics = {}
+    if 'train_sample' in data.sets:
+        data.trainer, loggers, trainer.loggers = trainer, trainer.loggers, []      # no curve shows these as val_acc
+        found = trainer.validate(model, data.share('train_sample'), ckpt_path=checkpoint, verbose=False)[0]
+        metrics, trainer.loggers = {name.replace('val', 'train'): value for name, value in found.items()}, loggers
     for run in (trainer.validate, trainer.test):
         metrics |= run(model, datamodule=data, ckpt_path=checkpoint, verbose=False)[0]
     return metrics
 
 # %% ../nbs/06_training.ipynb #bdc612ff
 def train_task(
-    build: Callable[[], TransformerPredictor], # makes the untrained model
+    build: Callable[[], Classifier], # makes the untrained model
     data: TaskData, # its data
     settings, # a settings dataclass: what decides the result; needs `seed`
     root: Path, # folder of the task; the run gets a folder in it
     machine: Machine | None = None, # where to run
     *,
     fresh: bool = False, # train anew, and keep an older run under another name
-    **trainer_args, # further arguments of `pl.Trainer`, made from the settings: `max_epochs`, `gradient_clip_val`, ...
-) -> tuple[TransformerPredictor, Run]: # the best model, and the report
+    **kwargs, # further arguments of `pl.Trainer`, made from the settings: `max_epochs`, `gradient_clip_val`, ...
+) -> tuple[Classifier, Run]: # the best model, and the report
     "Find the model for these settings, or train it; then evaluate the best epoch."
     folder, machine = Path(root)/run_name(settings), machine or Machine()
     best, last, report = folder/'best.ckpt', folder/'last.ckpt', folder/'result.json'
@@ -327,7 +363,7 @@ def train_task(
         for path in [best] if finished else [resume] if resume else []: torch.load(path, 'cpu', weights_only=True)['state_dict']
     with torch.random.fork_rng(range(torch.cuda.device_count())), quiet(), interruptible(folder):
         torch.manual_seed(settings.seed)
-        model, trainer = build(), make_trainer(folder, machine, settings.seed, **trainer_args)
+        model, trainer = build(), make_trainer(folder, machine, settings.seed, **kwargs)
         started = time.perf_counter()
         if not finished:
             write_json(folder/'settings.json', asdict(settings))
@@ -346,12 +382,17 @@ def checkpoint_root() -> Path: # `PATH_CHECKPOINT`, or saved_models/Transformers
     "The folder for trained models."
     return Path(os.environ.get('PATH_CHECKPOINT', 'saved_models/Transformers/'))
 
+def dataset_root() -> Path: # `PATH_DATASETS`, or data
+    "The folder for data sets and what is computed from them."
+    return Path(os.environ.get('PATH_DATASETS', 'data/'))
+
 # %% ../nbs/06_training.ipynb #9e76c21f
 PUBLISHED_URL = 'https://raw.githubusercontent.com/phlippe/saved_models/main/tutorial6/'
-PUBLISHED = {'ReverseTask.ckpt': '30bc6601c4818c15f0e4d12aabcebfc199ba8cb40386ecbe90aaae9e6693c19b'} # file: SHA-256
+PUBLISHED = {'ReverseTask.ckpt': '30bc6601c4818c15f0e4d12aabcebfc199ba8cb40386ecbe90aaae9e6693c19b', # file: SHA-256, where known
+             'SetAnomalyTask.ckpt': None}
 
 def published_checkpoint(
-    name: str, # 'ReverseTask.ckpt'
+    name: str, # 'ReverseTask.ckpt' or 'SetAnomalyTask.ckpt'
     *,
     url: str = PUBLISHED_URL, # the folder it is in
     progress: bool = True, # show a progress bar
@@ -359,3 +400,22 @@ def published_checkpoint(
     "Download a checkpoint published for the course, once."
     if name not in PUBLISHED: raise ValueError(f'name must be one of {sorted(PUBLISHED)}, got {name!r}')
     return download(url + name, checkpoint_root()/'published'/name, PUBLISHED[name], progress=progress)
+
+# %% ../nbs/06_training.ipynb #e66378bc
+@contextmanager
+def reported(
+    parser: argparse.ArgumentParser, # of the command
+):
+    "End the program with a message for a person, where something ends it."
+    try: yield
+    except (ValueError, TypeError, MisconfigurationException) as e: parser.error(str(e))
+    except OSError as e: sys.exit(f'{parser.prog}: {e}')
+    except KeyboardInterrupt as e:
+        print(f"\n{parser.prog}: {str(e) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+def show_path(
+    path: Path, # a file or folder
+) -> str: # relative where it is below the current folder
+    "A path as one would type it."
+    return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd()) else str(path)
