@@ -8,16 +8,14 @@ __all__ = ['RECIPES', 'ReverseDataset', 'ReversePredictor', 'ReverseSettings', '
 
 # %% ../nbs/10_reverse.ipynb #ccac3cc1
 import argparse
-import os
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,13 +27,15 @@ from transformers_tut.training import (
     Run,
     Settings,
     TaskData,
-    add_settings,
     atomic_write,
     checkpoint_root,
     evaluate,
     make_trainer,
     published_checkpoint,
+    reported,
     setting,
+    show_path,
+    task_parser,
     train_task,
     write_json,
 )
@@ -75,6 +75,13 @@ class ReversePredictor(TransformerPredictor):
     ) -> Tensor: # [B, T, C], on the model's device
         "The model's input for a batch of sequences."
         return F.one_hot(sequence.to(self.device), self.input_dim).to(self.dtype)
+
+    def example_figure(self,
+        batch: tuple[Tensor, Tensor], # sequences and their reversals, int64 [B, T] each
+    ) -> Figure: # for TensorBoard, or for a file
+        "The attention map of the first sequence."
+        first = batch[0][:1]
+        return plot_attention_maps(first, self.get_attention_maps(self.one_hot(first)))
 
 # %% ../nbs/10_reverse.ipynb #f14f2367
 @dataclass(frozen=True)
@@ -170,24 +177,18 @@ def save_map(
     path: Path, # a PNG file
 ):
     "Write the figure of the attention map for one sequence."
-    fig = plot_attention_maps(sequence[None], model.get_attention_maps(model.one_hot(sequence[None])))
+    fig = model.example_figure((sequence[None], sequence.flip(0)[None]))
     with atomic_write(path) as scratch: fig.savefig(scratch, format='png', dpi=120)
     plt.close(fig)
 
 # %% ../nbs/10_reverse.ipynb #3695f02d
 def make_parser() -> argparse.ArgumentParser:
     "The command line of `tut_reverse`."
-    parser = argparse.ArgumentParser(prog='tut_reverse', description='Train a Transformer to reverse sequences, test it, and draw '
-        'what it looks at. A second call with the same settings finds the trained model and only evaluates it; a call after an '
-        'interruption goes on.')
-    what = parser.add_argument_group('what to do')
-    what.add_argument('--recipe', choices=list(RECIPES), default='fast',
-                      help='published: the settings of the course. fast: the same model, lr 0.005, 2 epochs (default)')
-    what.add_argument('--published', action='store_true', help="evaluate the course's own trained model; downloads 46 kB, once")
-    what.add_argument('--fresh', action='store_true', help='train anew; files of an older run are kept under another name')
-    what.add_argument('--out-dir', type=Path, metavar='FOLDER', help='where files go (PATH_CHECKPOINT, or saved_models/Transformers)')
-    add_settings(parser, ReverseSettings, 'what is learnt, and how: each replaces the value of the recipe (published value)')
-    add_settings(parser, Machine, 'where it runs (default)')
+    parser = task_parser('tut_reverse', 'Train a Transformer to reverse sequences, test it, and draw what it looks at. A second call with '
+        'the same settings finds the trained model and only evaluates it; a call after an interruption goes on.', ReverseSettings, RECIPES,
+        'published: the settings of the course. fast: the same model, lr 0.005, 2 epochs (default)')
+    parser.set_defaults(recipe='fast')
+    parser.add_argument('--published', action='store_true', help="evaluate the course's own trained model; downloads 46 kB, once")
     return parser
 
 # %% ../nbs/10_reverse.ipynb #1d704c74
@@ -199,7 +200,7 @@ def main(
     args = vars(parser.parse_args(argv))
     recipe, published, fresh, out_dir = (args.pop(name) for name in ('recipe', 'published', 'fresh', 'out_dir'))
     machine = Machine(**{f.name: args.pop(f.name) for f in fields(Machine) if f.name in args})
-    try:
+    with reported(parser):
         s = ReverseSettings(**RECIPES[recipe] | args)
         if published:
             checkpoint = published_checkpoint('ReverseTask.ckpt', progress=machine.progress)
@@ -210,14 +211,11 @@ def main(
         else:
             model, run = run_reverse(s, machine, out_dir, fresh)
             metrics, folder, checkpoint, result = run.metrics, run.folder, run.checkpoint, run.folder/'result.json'
-    except (ValueError, TypeError, MisconfigurationException) as e: parser.error(str(e))
-    except OSError as e: return print(f'tut_reverse: {e}', file=sys.stderr) or 1
-    except KeyboardInterrupt as e: return print(f"\ntut_reverse: {e or 'interrupted'}", file=sys.stderr) or 130
     if rank_zero_only.rank: return 0
     save_map(model, reverse_data(s).sets['test'].data[0], folder/'attention_map.png')
     if not published:
         print(f'trained {run.steps} steps in {run.seconds:.1f} s' if run.trained else f'found a model trained for {run.steps} steps')
     print(f"validation accuracy: {metrics['val_acc']:.2%}\ntest accuracy: {metrics['test_acc']:.2%}".replace('%', ' %'))
     for name, path in [('checkpoint', checkpoint), ('result', result), ('attention map', folder/'attention_map.png')]:
-        print(f'{name}: {os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else path}')
+        print(f'{name}: {show_path(path)}')
     return 0

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED_URL', 'PUBLISHED', 'atomic_write', 'sha256', 'download', 'SafeCheckpointIO', 'TaskData', 'SeedEpochs',
            'setting', 'Settings', 'run_name', 'add_settings', 'Machine', 'Run', 'set_aside', 'write_json',
-           'SaveOnInterrupt', 'trainer_args', 'make_trainer', 'interruptible', 'readable', 'evaluate', 'train_task',
-           'checkpoint_root', 'dataset_root', 'published_checkpoint', 'reported', 'show_path']
+           'SaveOnInterrupt', 'trainer_args', 'LogFigures', 'make_trainer', 'interruptible', 'readable', 'evaluate',
+           'log_result', 'train_task', 'checkpoint_root', 'dataset_root', 'published_checkpoint', 'reported',
+           'task_parser', 'show_path']
 
 # %% ../nbs/06_training.ipynb #ccac3cc1
 import argparse
@@ -220,7 +221,7 @@ class Machine(Settings):
     accelerator: str = setting('auto', 'cpu, gpu, mps or auto: the best there is')
     devices: str = setting('1', 'how many devices, a list of indices, or auto')
     strategy: str = setting('auto', 'how several devices work together, for example ddp')
-    tensorboard: bool = setting(False, 'write curves for TensorBoard into the run folder')
+    tensorboard: bool = setting(False, 'write curves, figures and settings for TensorBoard into the run folder')
     progress: bool = setting(True, 'show a progress bar')
 
 # %% ../nbs/06_training.ipynb #a9aa4b40
@@ -277,6 +278,14 @@ def trainer_args(
     return dict(accelerator=machine.accelerator, devices=devices, strategy=machine.strategy, plugins=[SafeCheckpointIO()],
                 enable_progress_bar=machine.progress, enable_model_summary=False, use_distributed_sampler=False)
 
+# %% ../nbs/06_training.ipynb #f0843c9c
+class LogFigures(pl.Callback):
+    "For TensorBoard: in each epoch, `example_figure` of the first validation batch, where the model has that method."
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx or not trainer.is_global_zero or not trainer.logger or not hasattr(pl_module, 'example_figure'): return
+        figure = pl_module.example_figure(batch)                                   # or None: not this time
+        if figure is not None: trainer.logger.experiment.add_figure('example', figure, trainer.current_epoch, close=True)
+
 # %% ../nbs/06_training.ipynb #d0ce135e
 def make_trainer(
     folder: Path, # the run's folder
@@ -290,8 +299,8 @@ def make_trainer(
     last = ModelCheckpoint(filename='last', **common)
     callbacks, logger = [SeedEpochs(seed), SaveOnInterrupt(folder/'last.ckpt'), best, last], False
     if machine.tensorboard:
-        logger = TensorBoardLogger(folder, name='', version='tensorboard')
-        callbacks.append(LearningRateMonitor('step'))
+        logger = TensorBoardLogger(folder, name='', version='tensorboard', default_hp_metric=False)
+        callbacks += [LearningRateMonitor('step'), LogFigures()]
     return pl.Trainer(**trainer_args(machine), logger=logger, callbacks=callbacks, num_sanity_val_steps=0, log_every_n_steps=10,
                       **kwargs)
 
@@ -332,14 +341,26 @@ def evaluate(
     checkpoint: Path | None = None, # weights to load first
 ) -> dict: # train_acc and train_loss, if there is a `train_sample`; val_acc, val_loss, test_acc, test_loss
     "Accuracy and loss over every validation and test sample, and of the fixed sample of training data."
-    metrics = {}
+    metrics, loggers, trainer.loggers = {}, trainer.loggers, []                    # these are results, not points of a curve
     if 'train_sample' in data.sets:
-        data.trainer, loggers, trainer.loggers = trainer, trainer.loggers, []      # no curve shows these as val_acc
+        data.trainer = trainer
         found = trainer.validate(model, data.share('train_sample'), ckpt_path=checkpoint, verbose=False)[0]
-        metrics, trainer.loggers = {name.replace('val', 'train'): value for name, value in found.items()}, loggers
+        metrics = {name.replace('val', 'train'): value for name, value in found.items()}
     for run in (trainer.validate, trainer.test):
         metrics |= run(model, datamodule=data, ckpt_path=checkpoint, verbose=False)[0]
+    trainer.loggers = loggers
     return metrics
+
+# %% ../nbs/06_training.ipynb #237ed773
+def log_result(
+    trainer: pl.Trainer, # with or without TensorBoard
+    settings, # a settings dataclass
+    metrics: dict, # of the finished model
+):
+    "For TensorBoard: the settings, and what came of them, as one row of its table of runs (HPARAMS)."
+    if not trainer.logger: return
+    trainer.logger.log_hyperparams(asdict(settings), {f'result/{name}': value for name, value in metrics.items()})
+    trainer.logger.finalize('success')
 
 # %% ../nbs/06_training.ipynb #bdc612ff
 def train_task(
@@ -374,7 +395,9 @@ def train_task(
         metrics = evaluate(model, data, trainer, best)
     if not all(map(math.isfinite, metrics.values())):
         raise ValueError(f'the loss is no longer a number ({metrics}): training diverged; try a lower learning rate')
-    if not finished: write_json(report, {**metrics, 'steps': steps, 'seconds': round(seconds, 2)})
+    if not finished:
+        log_result(trainer, settings, metrics)
+        write_json(report, {**metrics, 'steps': steps, 'seconds': round(seconds, 2)})
     return model.eval(), Run(folder, metrics, not finished, seconds if not finished else 0., steps)
 
 # %% ../nbs/06_training.ipynb #7a9a9893
@@ -413,6 +436,23 @@ def reported(
     except KeyboardInterrupt as e:
         print(f"\n{parser.prog}: {str(e) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
+
+def task_parser(
+    name: str, # of the command
+    description: str, # what it does
+    settings: type, # the task's settings, a dataclass
+    recipes: dict, # by name, what each replaces in the settings
+    recipe_help: str, # what they are, and which is the default
+) -> argparse.ArgumentParser: # to which the task may add
+    "The options that all tasks have; `recipe` is None where it is not given."
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    what = parser.add_argument_group('what to do')
+    what.add_argument('--recipe', choices=list(recipes), help=recipe_help)
+    what.add_argument('--fresh', action='store_true', help='train anew; files of an older run are kept under another name')
+    what.add_argument('--out-dir', type=Path, metavar='FOLDER', help='where files go (PATH_CHECKPOINT, or saved_models/Transformers)')
+    add_settings(parser, settings, 'what is learnt, and how: each replaces the value of the recipe (published value)')
+    add_settings(parser, Machine, 'where it runs (default)')
+    return parser
 
 def show_path(
     path: Path, # a file or folder
