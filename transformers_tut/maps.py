@@ -133,8 +133,8 @@ def plot_attention_maps(
     queries = keys if same else labels(queries, Tq, 'queries')
     if mark is not None and not 0 <= mark < Tk: raise ValueError(f'mark must be a key from 0 to {Tk - 1}, or None, got {mark}')
     cell = max(cell, 1.8/max(Tq, Tk))
-    width, height = cell*Tk, cell*Tq
-    fig, axes = plt.subplots(len(maps), H, squeeze=False, layout='constrained', figsize=(H*(width + .5) + .9, len(maps)*(height + .7)))
+    width, height = cell*Tk + (.5 if isinstance(queries[0], str) else .2 + cell), cell*Tq + .7
+    fig, axes = plt.subplots(len(maps), H, squeeze=False, layout='constrained', figsize=(H*width + .9, len(maps)*height))
     top = max(m.max().item() for m in maps)
     for i, row in enumerate(axes):
         for j, ax in enumerate(row):
