@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"].split(),
     packages=[cfg["lib_name"]],  # the library alone: never nbs, tests or tools
-    package_data={cfg["lib_name"]: ["weights/*.pt"]},
+    package_data={cfg["lib_name"]: ["weights/*.pt", "*.html"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
