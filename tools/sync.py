@@ -154,17 +154,22 @@ def replace(path, content):
     os.replace(scratch, path)
 
 
-def main():
-    about, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(description=about, epilog=details)
-    parser.add_argument("--check", action="store_true", help="write nothing; name what is out of sync and exit with 1")
-    check = parser.parse_args().check
+def write(check=False):
+    "Bring what is derived up to date, or with `check` only name what is not; how many files that concerns"
     stale = {p: c for p, c in derive().items() if c != (p.read_bytes() if p.exists() else None)}
     for path, content in stale.items():
         if not check:
             replace(path, content)
         print("out of sync:" if check else "wrote" if content is not None else "deleted", path.relative_to(ROOT))
-    if check and stale:
+    return len(stale)
+
+
+def main():
+    about, details = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(description=about, epilog=details)
+    parser.add_argument("--check", action="store_true", help="write nothing; name what is out of sync and exit with 1")
+    check = parser.parse_args().check
+    if write(check) and check:
         sys.exit("Run `python tools/sync.py` and commit what it writes.")
 
 
