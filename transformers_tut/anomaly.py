@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, Subset, get_worker_info
 
 from .attention import check_bool, check_features, check_int, check_number, check_probability
 from .encoder import evaluating
-from .features import cifar100, digest, extract_features, imagenet_resnet34, labels_of, picture_cnn
+from .features import as_integers, cifar100, digest, extract_features, imagenet_resnet34, labels_of, picture_cnn
 from .maps import as_image, plot_attention_maps
 from .pictures import CharacterPictures
 from .predictor import Classifier, TransformerPredictor, check_rate
@@ -89,10 +89,7 @@ def check_images(
     if not isinstance(img_feats, Tensor) or not img_feats.is_floating_point():
         raise TypeError(f'img_feats must be a floating point tensor, got {getattr(img_feats, "dtype", type(img_feats).__name__)}')
     if img_feats.ndim != 2: raise ValueError(f'img_feats must have the shape [N, D], got {list(img_feats.shape)}')
-    try: labels = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f'labels must be integers, one for each image ({e})') from e
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f'labels must be integers, got {labels.dtype}')
+    labels = as_integers(labels, 'image')
     if labels.shape != img_feats.shape[:1]:
         raise ValueError(f'labels must be one for each of {len(img_feats)} images, got the shape {list(labels.shape)}')
     labels = labels.long().cpu()
