@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, get_worker_info
 
 from .attention import check_bool, check_features, check_int, check_number, check_probability
-from .encoder import evaluating
+from .encoder import Dropout, evaluating
 from .features import as_integers, cifar100, digest, extract_features, imagenet_resnet34, labels_of, picture_cnn
 from .maps import as_image, plot_attention_maps
 from .pictures import CharacterPictures
@@ -50,14 +50,14 @@ def draw_without_repetition(
     k: int, # how many to draw
     generator: torch.Generator, # source of randomness
 ) -> Tensor: # int64 [B, k], row b holds k different numbers below sizes[b]
-    "Draw k different numbers in each row, all subsets equally likely (Floyd's algorithm)."
-    drawn = torch.empty(len(sizes), k, dtype=torch.int64)
-    for i in range(k):
-        top = sizes - k + i
-        number = (torch.rand(len(sizes), dtype=torch.float64, generator=generator)*(top + 1)).long()
-        taken = (drawn[:, :i] == number[:, None]).any(1)
-        drawn[:, i] = torch.where(taken, top, number)
-    return drawn
+    "Draw k different numbers in each row, in random order: the first k steps of a Fisher-Yates shuffle."
+    step = torch.arange(k)[:, None]
+    place = (torch.rand(k, len(sizes), dtype=torch.float64, generator=generator)*(sizes - step)).long() + step
+    drawn, here = place.clone(), step.repeat(1, len(sizes))                      # what steps find at their place, and at their own: [k, B]
+    for i in range(k - 1):
+        drawn[i+1:] = torch.where(place[i+1:] == place[i], here[i], drawn[i+1:])     # step i has put there what it had
+        here[i+1:] = torch.where(step[i+1:] == place[i], here[i], here[i+1:])
+    return drawn.T
 
 # %% ../nbs/13_anomaly.ipynb #18a0dc7f
 def draw_sets(
@@ -75,8 +75,9 @@ def draw_sets(
     companions = by_class[starts[other, None] + draw_without_repetition(sizes[other], set_size - 1, generator)]
     sets, place = torch.cat([companions, odd[:, None]], 1), torch.full(odd.shape, set_size - 1)
     if shuffle:
-        order = torch.rand(sets.shape, generator=generator).argsort(1)
-        sets, place = sets.gather(1, order), order.argsort(1)[:, -1]
+        place = torch.randint(set_size, odd.shape, generator=generator)
+        sets[:, -1] = sets.gather(1, place[:, None]).squeeze(1)
+        sets.scatter_(1, place[:, None], odd[:, None])
     return sets, place
 
 # %% ../nbs/13_anomaly.ipynb #546ee224
@@ -139,13 +140,17 @@ class SetAnomalyDataset(Dataset):
 
     def __len__(self): return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]: # as `__getitem__`
-        indices = torch.tensor(indices)
+    def collated(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]: # features [B, S, D], indices of images [B, S], places [B]
+        indices = torch.as_tensor(indices)
         if self.train and self.sets is not None and self.used[indices].any(): self.set_epoch(self.epoch + 1)
         if self.sets is None: self.draw()
         if self.train: self.used[indices] = True
         sets = self.sets[indices]
-        return list(zip(self.img_feats[sets], sets, self.place[indices]))
+        features = self.img_feats.index_select(0, sets.flatten().to(self.img_feats.device))
+        return features.view(*sets.shape, -1), sets, self.place[indices]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]: # as `__getitem__`
+        return list(zip(*self.collated(indices)))
 
     def __getitem__(self, idx: int) -> tuple[Tensor, Tensor, Tensor]: # features [S, D], indices of images [S], where the odd one is
         return self.__getitems__([idx])[0]
@@ -234,9 +239,9 @@ class DeepSets(Classifier):
         lr, warmup = check_rate('lr', lr), check_int('warmup', warmup, 0)
         dropout, input_dropout = check_probability('dropout', dropout), check_probability('input_dropout', input_dropout)
         self.save_hyperparameters()
-        self.input_net = nn.Sequential(nn.Dropout(input_dropout), nn.Linear(input_dim, model_dim))
+        self.input_net = nn.Sequential(Dropout(input_dropout), nn.Linear(input_dim, model_dim))
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(2*model_dim), nn.Linear(2*model_dim, 2*model_dim), nn.ReLU(), nn.Dropout(dropout),
+            nn.Sequential(nn.LayerNorm(2*model_dim), nn.Linear(2*model_dim, 2*model_dim), nn.ReLU(), Dropout(dropout),
                           nn.Linear(2*model_dim, model_dim)) for _ in range(check_int('num_layers', num_layers)))
         self.output_net = nn.Sequential(nn.LayerNorm(model_dim), nn.Linear(model_dim, 1))
 
@@ -254,12 +259,7 @@ class DeepSets(Classifier):
         logits = self.output_net(x).squeeze(-1)
         return logits if real is None else logits.masked_fill(real == 0, -torch.inf)
 
-    def logits_and_targets(self,
-        batch: tuple, # of `SetAnomalyDataset`, or of `pad_sets`
-    ) -> tuple[Tensor, Tensor]: # logits [B, S] and places [B]
-        "What the model says, and where the odd ones are."
-        features, _, place, *real = batch
-        return self.set_logits(features, *real), place
+    logits_and_targets = AnomalyPredictor.logits_and_targets
 
 # %% ../nbs/13_anomaly.ipynb #f9dd2065
 def wilson_interval(
@@ -309,8 +309,8 @@ def split_by_class(
 class AnomalySettings(Settings):
     "What decides the result of an anomaly run; the defaults are the published settings."
     data: str = setting('pictures', 'pictures: drawn here, no network; cifar100: the published setting, downloads 256 MB, wants a GPU')
-    set_size: int = setting(10, 'images in a set, one of them odd')
-    batch_size: int = setting(64, 'sets in a step, shared out over the devices')
+    set_size: int = setting(10, 'images in a set, one of them odd', 3)
+    batch_size: int = setting(64, 'sets in a step, shared out over the devices', 1)
     standardize: bool = setting(False, 'bring each feature to mean 0 and standard deviation 1 over the training images')
     model_dim: int = setting(256, 'width of the model')
     num_heads: int = setting(4, 'attention heads, divides the width')
@@ -320,14 +320,9 @@ class AnomalySettings(Settings):
     norm_first: bool = setting(False, 'pre-LN instead of post-LN')
     lr: float = setting(5e-4, 'peak learning rate')
     warmup: int = setting(100, 'steps of warm-up')
-    epochs: int = setting(100, 'passes over the training images')
-    gradient_clip_val: float = setting(2., 'largest norm of the gradient, 0 for no limit')
-    seed: int = setting(42, 'decides sets, initial weights and order')
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, minimum in dict(set_size=3, batch_size=1, epochs=1, seed=0).items(): check_int(name, getattr(self, name), minimum)
-        if not self.gradient_clip_val >= 0: raise ValueError(f'gradient_clip_val must be at least 0, got {self.gradient_clip_val}')
+    epochs: int = setting(100, 'passes over the training images', 1)
+    gradient_clip_val: float = setting(2., 'largest norm of the gradient, 0 for no limit', 0)
+    seed: int = setting(42, 'decides sets, initial weights and order', 0)
 
 FAST = dict(standardize=True, model_dim=128, num_layers=2, dropout=0., input_dropout=0., norm_first=True, lr=2e-3, epochs=6)
 RECIPES = {'fast': FAST, 'published': {}}
@@ -433,8 +428,8 @@ def rule_accuracy(
     "How often the highest score is the odd element's, over all sets."
     right = 0
     for indices in torch.arange(len(data)).split(1000):
-        features, _, place = zip(*data.__getitems__(indices.tolist()))
-        right += (rule(torch.stack(features)).argmax(-1) == torch.stack(place)).sum().item()
+        features, _, place = data.collated(indices)
+        right += (rule(features).argmax(-1) == place).sum().item()
     return right/len(data)
 
 # %% ../nbs/13_anomaly.ipynb #1e492190

@@ -226,7 +226,7 @@ class MultiheadAttention(nn.Module):
         "Queries, keys and values of all heads."
         B, T, _ = check_features('x', x, self.input_dim).shape
         qkv = self.qkv_proj(x).view(B, T, self.num_heads, 3*self.head_dim)
-        return qkv.transpose(1, 2).chunk(3, dim=-1)
+        return tuple(part.transpose(1, 2) for part in qkv.chunk(3, dim=-1))      # in this order, gradients need not be copied
 
     def forward(self,
         x: Tensor, # [B, T, D_in]
@@ -244,6 +244,22 @@ class MultiheadAttention(nn.Module):
         else: values = fused_attention(q, k, v, **options)
         out = self.o_proj(values.transpose(1, 2).flatten(2))
         return (out, attention) if return_attention else out
+
+    def attention_weights(self,
+        x: Tensor, # [B, T, D_in]
+        mask: Tensor | None = None, # as in `forward`
+        *,
+        key_padding_mask: Tensor | None = None, # as in `forward`
+        is_causal: bool = False, # as in `forward`
+    ) -> Tensor: # [B, H, T, T]
+        "The weights alone, without dropout: no values are computed, and no output."
+        B, T, _ = check_features('x', x, self.input_dim).shape
+        if type(self.qkv_proj) is nn.Linear:
+            W, b = (p.unflatten(0, (self.num_heads, 3, -1))[:, :2].flatten(0, 2) for p in (self.qkv_proj.weight, self.qkv_proj.bias))
+            q, k = F.linear(x, W, b).view(B, T, self.num_heads, 2*self.head_dim).transpose(1, 2).chunk(2, dim=-1)
+        else: q, k, _ = self.project(x)                                          # quantised, adapted, ...: ask the layer as a whole
+        scores = q/math.sqrt(self.head_dim) @ k.transpose(-2, -1)
+        return masked_softmax(scores, combine_masks(scores.shape, mask, key_padding_mask, is_causal, x.device))
 
     def extra_repr(self): return f'num_heads={self.num_heads}, dropout={self.dropout}'
 

@@ -6,10 +6,11 @@
 __all__ = ['PARTS_OF_KEY', 'REMEDY', 'IMAGENET', 'CIFAR100_SHA256', 'as_batch', 'check_dataset', 'read_images', 'as_integers',
            'labels_of', 'digest', 'evenly', 'content_key', 'data_key', 'model_key', 'save_features', 'load_features',
            'features_of', 'device_of', 'check_rows', 'read_part', 'Extraction', 'duration', 'feature_root',
-           'extract_features', 'PictureCNN', 'CharacterClassifier', 'PictureCNNSettings', 'train_picture_cnn',
-           'picture_cnn', 'Preprocess', 'fetch', 'imagenet_resnet34', 'cifar100']
+           'extract_features', 'fold_batchnorm', 'PictureCNN', 'CharacterClassifier', 'PictureCNNSettings',
+           'train_picture_cnn', 'picture_cnn', 'Preprocess', 'fetch', 'imagenet_resnet34', 'cifar100']
 
-# %% ../nbs/12_features.ipynb #a5c21399
+# %% ../nbs/12_features.ipynb #7896a13c
+import copy
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from .attention import check_int
@@ -44,6 +46,7 @@ from transformers_tut.training import (
     interruptible,
     set_aside,
     setting,
+    threads,
     train_task,
     trainer_args,
 )
@@ -85,7 +88,7 @@ def read_images(
     items = (dataset[i] for i in indices)
     return as_batch([item[0] if isinstance(item, (tuple, list)) else item for item in items])
 
-# %% ../nbs/12_features.ipynb #1bc4136c
+# %% ../nbs/12_features.ipynb #62854a9d
 def as_integers(
     labels, # a tensor, array or list
     each: str, # what each is the label of, for the message
@@ -337,7 +340,8 @@ def extract_features(
 
     device, extraction = device_of(model), Extraction(model, dataset, parts, key, batch_size, dtype, machine.progress)
     try:
-        with quiet(), interruptible(parts, '*.pt'), evaluating(model): trainer.predict(extraction, return_predictions=False)
+        with quiet(), threads(machine.threads), interruptible(parts, '*.pt'), evaluating(model):
+            trainer.predict(extraction, return_predictions=False)
     finally: model.to(device)
     trainer.strategy.barrier()
     found = extraction.load()
@@ -349,6 +353,20 @@ def extract_features(
         remove_parts()
     trainer.strategy.barrier()
     return features
+
+# %% ../nbs/12_features.ipynb #236e5f04
+def fold_batchnorm(
+    model: nn.Module, # its layers stand in the order in which they run, as in `nn.Sequential` and in torchvision's ResNets
+) -> nn.Module: # a copy in evaluation mode, same features up to rounding
+    "Move each batch norm into the convolution right before it."
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        layers = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(layers, layers[1:]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, nn.Identity())
+    return model
 
 # %% ../nbs/12_features.ipynb #d918ff00
 class PictureCNN(nn.Sequential):
@@ -419,7 +437,7 @@ def picture_cnn(
     if path is None: path = resources.files('transformers_tut')/'weights'/'picture_cnn.pt'
     with torch.random.fork_rng(devices=[]): model = PictureCNN()                   # it starts with random weights
     with Path(path).open('rb') as file: model.load_state_dict(torch.load(file, 'cpu', weights_only=True))
-    return model.eval().requires_grad_(False)
+    return fold_batchnorm(model).requires_grad_(False)
 
 # %% ../nbs/12_features.ipynb #cc554597
 class Preprocess(nn.Module):
@@ -475,6 +493,7 @@ def imagenet_resnet34(
     with torch.random.fork_rng(devices=[]): net = resnet34()                       # it starts with random weights
     net.load_state_dict(state_dict)
     net.fc = nn.Identity()
+    net = fold_batchnorm(net).to(memory_format=torch.channels_last)                # as convolutions on CPUs and GPUs like it
     return nn.Sequential(Preprocess(224, **IMAGENET), net).eval().requires_grad_(False)
 
 # %% ../nbs/12_features.ipynb #ea0f7f7f
