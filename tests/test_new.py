@@ -54,7 +54,7 @@ def snapshot(tree):
 
 @pytest.fixture(scope="module")
 def made(tree):
-    "Two new notebooks, in a room that is there and in one that is not; the tree before and after"
+    "Two new notebooks, each the last of its room; the tree before and after"
     before = snapshot(tree)
     for name, title in [("25_newest", "The newest"), ("19_newer", "Newer: é & more")]:
         out, err, status = new(tree, name, title, "What one can do after it.")
@@ -67,12 +67,12 @@ def test_it_stands_in_every_list_and_the_rest_is_as_it_was(made):
     changed = {name for name in after if after[name] != before.get(name) and "__pycache__" not in name}
     assert changed == {*LISTS, "nbs/19_newer.ipynb", "nbs/25_newest.ipynb"}
     sidebar, table = after["_quarto.yml"].decode(), after["CONTRIBUTING.md"].decode()
-    room = "      - section: Going further\n        contents:\n"
-    newest = room + '          - href: 25_newest.ipynb\n            text: "The newest: What one can do after it"\n'
+    newest = '          - href: 25_newest.ipynb\n            text: "The newest: What one can do after it"\n'
     newer = '          - href: 19_newer.ipynb\n            text: "Newer: é & more: What one can do after it"\n'
-    assert newer + newest in sidebar
-    rows = [f"| `{name}` | `{name[3:]}` | What one can do after it |\n" for name in ("19_newer", "25_newest")]
-    assert "".join(rows) in table
+    assert newer + "      - section: Going further\n        contents:\n          - href: 20_speed.ipynb\n" in sidebar
+    assert newest in sidebar and sidebar.index("20_speed") < sidebar.index("25_newest")
+    numbers = [line[3:5] for line in table.splitlines() if line.startswith("| `")]
+    assert numbers == sorted(numbers) and all(f"| `{name}` | `{name[3:]}` | What one can do" in table for name in ("19_newer", "25_newest"))
     assert "| [19_newer](nbs/19_newer.ipynb) | What one can do after it |\n" in after["README.md"].decode()
     comments = [line for line in before["_quarto.yml"].decode().splitlines() if line.startswith("#")]
     assert comments and all(line in sidebar for line in comments)

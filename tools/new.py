@@ -117,15 +117,12 @@ def insert(text, rows, name, entry):
 
 
 def in_sidebar(text, name, label):
-    "_quarto.yml with the notebook in its room; a room that stands there as a comment is opened"
+    "_quarto.yml with the notebook in its room"
     entry = f"          - href: {name}.ipynb\n            text: {json.dumps(label, ensure_ascii=False)}\n"
     rows = rf"^          - (?:href: )?({name[0]}\d_\w+)\.ipynb\n(?:            \S.*\n)*"
-    if re.search(rows, text, re.M):
-        return insert(text, rows, name, entry)
-    closed = re.compile(rf"^      # - section: (.*?) \({name[0]}x\).*\n", re.M)
-    if not closed.search(text):
-        sys.exit(f"_quarto.yml has no section for {name[0]}x; write '      # - section: NAME ({name[0]}x)' where it should be")
-    return closed.sub(lambda match: f"      - section: {match[1]}\n        contents:\n{entry}", text)
+    if not re.search(rows, text, re.M):
+        sys.exit(f"_quarto.yml has no section with a notebook {name[0]}x; enter the first one by hand")
+    return insert(text, rows, name, entry)
 
 
 def in_index(name, description):
