@@ -12,7 +12,7 @@ def test_quick_prints_one_table_and_leaves_two_figures(tmp_path):
     run = subprocess.run([COMMAND, "--quick", "--out-dir", tmp_path / "speed"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     table, files = run.stdout.rsplit("\ntable: ", 1)
-    assert table.startswith("one thread: ") and len(re.findall("naive +ours +torch.nn", table)) == 1
+    assert re.match(r"PyTorch .* one thread: ", table) and len(re.findall("naive +ours +torch.nn", table)) == 1
     for line in ["attention, T = ", "attention maps, 4 layers", "a batch of 64 sets", "ResNet34 features", "resizing",
                  "reverse: a training step", "anomaly: a training step"]:  # fmt: skip
         assert re.search(rf"^{line}.* ms .* \d+\.\d\d", table, flags=re.M), line
