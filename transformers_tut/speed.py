@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Cost', 'linear_cost', 'norm_cost', 'encoder_cost', 'predictor_cost', 'seconds', 'in_turns', 'fastest_threads',
-           'silent', 'peak_memory', 'NaiveAttention', 'naive_twin', 'naive_maps', 'NaiveItems', 'NaiveSets',
-           'NaiveTraining', 'naive_reverse', 'naive_anomaly', 'Line', 'attention_lines', 'forward_peak', 'data_lines',
-           'StepTimes', 'lightning_step', 'Task', 'tasks', 'first_perfect', 'training_lines', 'step_parts',
-           'whole_step', 'restricted_attention', 'layers', 'Scaling', 'measure_scaling', 'Limits', 'measure_limits',
-           'Report', 'measure_length', 'measure', 'plot_length', 'plot_steps', 'gpu_lines', 'make_parser', 'main']
+           'silent', 'peak_memory', 'NaiveAttention', 'naive_twin', 'naive_maps', 'NaiveSets', 'NaiveTraining',
+           'naive_reverse', 'naive_anomaly', 'Line', 'attention_lines', 'forward_peak', 'data_lines', 'StepTimes',
+           'lightning_step', 'Task', 'tasks', 'first_perfect', 'training_lines', 'step_parts', 'whole_step',
+           'restricted_attention', 'layers', 'Scaling', 'measure_scaling', 'Limits', 'measure_limits', 'Report',
+           'measure_length', 'measure', 'plot_length', 'plot_steps', 'gpu_lines', 'make_parser', 'main']
 
 # %% ../nbs/20_speed.ipynb #ccac3cc1
 import argparse
@@ -197,12 +197,6 @@ def naive_maps(encoder, x, mask=None):
     return maps
 
 # %% ../nbs/20_speed.ipynb #6733bd15
-class NaiveItems(Dataset):
-    "The items of a dataset one by one, though it could do better."
-    def __init__(self, dataset): self.dataset = dataset
-    def __len__(self): return len(self.dataset)
-    def __getitem__(self, i): return self.dataset[i]
-
 class NaiveSets(Dataset):
     "Sets of features, each drawn when it is asked for, the odd one last."
     def __init__(self, features, labels, set_size=10):
@@ -424,7 +418,7 @@ def tasks(quick=False) -> list[Task]:
     sets = SetAnomalyDataset(features, labels)
     def naive(dataset, size): return DataLoader(dataset, size, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(0))
     return [Task('reverse', s.gradient_clip_val, s.seq_len, models[0], sequences.train_dataloader(),
-                 naive(NaiveItems(sequences.sets['train']), s.batch_size), naive_reverse),
+                 naive(sequences.sets['train'], s.batch_size), naive_reverse),
             Task('anomaly', a.gradient_clip_val, a.set_size, models[1], TaskData(sets, sets, sets, a.batch_size).train_dataloader(),
                  naive(NaiveSets(features, labels), a.batch_size), naive_anomaly)]
 
@@ -721,8 +715,9 @@ def main(
     folder = args.out_dir or checkpoint_root()/'Speed'
     with reported(parser):
         report = measure(args.quick)
-        print(report.table())
-        with atomic_write(folder/'table.txt') as scratch: scratch.write_text(report.table() + '\n')
+        table = report.table()
+        print(table)
+        with atomic_write(folder/'table.txt') as scratch: scratch.write_text(table + '\n')
         for name, fig in [('length', plot_length(report)), ('step', plot_steps(report))]:
             with atomic_write(folder/f'{name}.png') as scratch: fig.savefig(scratch, format='png', dpi=120)
             plt.close(fig)
