@@ -185,17 +185,20 @@ def wings(notebooks):
 
 
 def site_yml(notebooks, cfg):
-    "The sidebar, and the address for links to the repository: Quarto keeps website's own to itself"
+    """The sidebar, and the address for links to the repository: Quarto keeps website's to itself.
+
+    Quarto folds sections from the second level on: the lessons lie open, the workshop is folded.
+    """
     contents = [{'href': 'index.ipynb', 'text': 'Start here'}]
     for title, part in wings(notebooks):
         entries = [{'href': name, 'text': heading(nb)[0]} for name, nb in part.items()]
-        contents.append({'section': title, 'contents': entries})
-    sidebar = {'style': 'floating', 'collapse-level': 1, 'contents': contents}
-    site = {
-        'website': {'sidebar': sidebar},
-        'repo-url': cfg['git_url'],
-        'repo-branch': cfg['branch'],
-    }
+        section = {'section': title, 'contents': entries}
+        if title == 'Workshop':
+            section = {'section': 'Behind the lessons', 'contents': [section]}
+        contents.append(section)
+    sidebar = {'style': 'floating', 'collapse-level': 2, 'contents': contents}
+    site = {'website': {'sidebar': sidebar}}
+    site |= {'repo-url': cfg['git_url'], 'repo-branch': cfg['branch']}
     note = '# Made from the notebooks and settings.ini by tools/sync.py: change it there.\n'
     return note + yaml.safe_dump(site, sort_keys=False, allow_unicode=True, width=100)
 
