@@ -1,0 +1,17 @@
+"""Options of pytest, and how tests share two cores."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser):
+    help = 'run the cells marked slow as well, and make the tables of nbs/results anew'
+    parser.addoption('--slow', action='store_true', help=help)
+
+
+def pytest_collection_modifyitems(items):
+    "Each notebook may run anywhere; the tests of another file stay together, for they share runs"
+    for item in items:
+        if item.path.name != 'test_notebooks.py':
+            item.add_marker(pytest.mark.xdist_group(Path(item.path).stem))
