@@ -1,7 +1,7 @@
 """Derive what several places say from the one place that knows it.
 
 From settings.ini, the address: nbs/nbdev.yml, and each notebook's Colab badge and install cell.
-From the notebooks' titles and descriptions: the sidebar in nbs/site.yml and the table of
+From the notebooks' titles and descriptions: navigation in nbs/site.yml and the table of
 notebooks in index.ipynb, in the order of their numbers. From nbs/index.ipynb: README.md and its
 figures, nbs/images/readme_<n>.png, without Quarto. Files are replaced in one step, and left alone
 where nothing changes.
@@ -185,7 +185,7 @@ def wings(notebooks):
 
 
 def site_yml(notebooks, cfg):
-    """The sidebar, and the address for links to the repository: Quarto keeps website's to itself.
+    """Navigation, and the address for links to the repository: Quarto keeps website's to itself.
 
     Quarto folds sections from the second level on: the lessons lie open, the workshop is folded.
     """
@@ -197,7 +197,17 @@ def site_yml(notebooks, cfg):
             section = {'section': 'Behind the lessons', 'contents': [section]}
         contents.append(section)
     sidebar = {'style': 'floating', 'collapse-level': 2, 'contents': contents}
-    site = {'website': {'sidebar': sidebar}}
+    repository = {
+        'icon': 'github',
+        'href': cfg['git_url'],
+        'aria-label': 'The repository',
+    }
+    navbar = {
+        'logo': 'images/logo.svg',
+        'logo-alt': cfg['title'],
+        'right': [repository],
+    }
+    site = {'website': {'navbar': navbar, 'sidebar': sidebar}}
     site |= {'repo-url': cfg['git_url'], 'repo-branch': cfg['branch']}
     note = '# Made from the notebooks and settings.ini by tools/sync.py: change it there.\n'
     return note + yaml.safe_dump(site, sort_keys=False, allow_unicode=True, width=100)
