@@ -25,6 +25,7 @@ MADE = [
     'nbs/90_tools.ipynb',
     'nbs/index.ipynb',
     'nbs/images/readme_1.png',
+    'nbs/images/readme_2.svg',
     'README.md',
 ]
 INDEX = """Text with [`first`](00_first.ipynb), [a log](../CHANGELOG.md),
@@ -79,6 +80,8 @@ def repo(tmp_path):
         'metadata': {},
         'data': {'image/png': PNG, 'text/plain': '<Figure>'},
     }
+    drawn = figure | {'data': {'image/svg+xml': '<svg>PNG</svg>', 'image/png': PNG}}
+    page = figure | {'data': {'text/html': '<iframe></iframe>', 'text/plain': 'a view'}}
     printed = {'output_type': 'stream', 'name': 'stdout', 'text': ['a result\n']}
     for name, title in [
         ('00_first', '# First\n\n> one'),
@@ -98,6 +101,8 @@ def repo(tmp_path):
         code('#| hide\nhidden()', printed),
         code('#| echo: false\n#| fig-cap: "A caption."\nunseen()', figure),
         code('shown()', printed),
+        code('drawn()', drawn),
+        code('explored()', page),
     )
     return tmp_path
 
@@ -160,7 +165,7 @@ def test_readme(repo):
     assert [part for part in kept if part not in text] == []
     assert not any(
         part in text
-        for part in ['hidden', 'unseen', '#|', ':::', 'pip install', '\n\n\n']
+        for part in ['hidden', 'unseen', 'a view', '#|', ':::', 'pip install', '\n\n\n']
     )
     assert (repo / 'nbs/images/readme_1.png').read_bytes() == base64.b64decode(PNG)
 
@@ -215,7 +220,7 @@ def test_the_address_follows_settings_and_nbdev_writes_the_same(repo):
     assert all(
         b'another-user/another-repo' in moved[name]
         for name in MADE
-        if not name.endswith('.png')
+        if not name.startswith('nbs/images')
     )
     nbdev = 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()'
     subprocess.run([sys.executable, '-c', nbdev], cwd=repo, check=True)

@@ -3,7 +3,7 @@
 From settings.ini, the address: nbs/nbdev.yml, and each notebook's Colab badge and install cell.
 From the notebooks' titles and descriptions: navigation in nbs/site.yml and the table of
 notebooks in index.ipynb, in the order of their numbers. From nbs/index.ipynb: README.md and its
-figures, nbs/images/readme_<n>.png, without Quarto. Files are replaced in one step, and left alone
+figures, nbs/images/readme_<n>.*, without Quarto. Files are replaced in one step, and left alone
 where nothing changes.
 """
 
@@ -123,44 +123,53 @@ def for_github(markdown, site):
     return ''.join(part if i % 2 else prose(part) for i, part in enumerate(parts))
 
 
+def for_readme(output, found, files, site):
+    "An output as README.md shows it: a figure as a file, what needs a browser not at all"
+    data = output.get('data', {})
+    for kind, ending in [('image/svg+xml', 'svg'), ('image/png', 'png')]:
+        if kind in data:
+            path = NBS / 'images' / f'readme_{len(files) + 1}.{ending}'
+            files[path] = (
+                data[kind].encode() if ending == 'svg' else base64.b64decode(data[kind])
+            )
+            caption = for_github(found.get('fig-cap', ''), site)
+            file = path.relative_to(ROOT).as_posix()
+            alt = found.get('fig-alt', caption)
+            output.data = {'text/markdown': f'![{alt}]({file})\n\n{caption}'}
+            return [output]
+    return [] if 'text/html' in data else [output]
+
+
 def readme(index, cfg, site):
     "README.md and its figures: {path: content}"
+    actions = f'{cfg["git_url"]}/actions/workflows'
     badges = [
-        f'[![Tests]({cfg["git_url"]}/actions/workflows/test.yml/badge.svg)]({cfg["git_url"]}/actions/workflows/test.yml)',
-        f'[![Site]({cfg["git_url"]}/actions/workflows/docs.yml/badge.svg)]({cfg["doc_host"]}{cfg["doc_baseurl"]})',
+        f'[![Tests]({actions}/test.yml/badge.svg)]({actions}/test.yml)',
+        f'[![Site]({actions}/docs.yml/badge.svg)]({site["site-url"]})',
         colab_badge(cfg, 'index.ipynb'),
     ]
     nb, cells, files = nbformat.reads(json.dumps(index), as_version=4), [], {}
     for cell in nb.cells:
         if cell.cell_type == 'markdown':
-            cell.source = (
-                '\n'.join(badges) if is_colab(cell) else for_github(cell.source, site)
-            )
+            badge = is_colab(cell)
+            cell.source = '\n'.join(badges) if badge else for_github(cell.source, site)
             cells.append(cell)
         elif cell.cell_type == 'code':
             found, cell.source = directives(cell.source)
-            if 'hide' in found or found.get('include') == 'false':
+            if 'hide' in found:
                 continue
             if found.get('echo') == 'false':
                 cell.metadata.tags = ['no-source']
-            for output in cell.outputs:
-                if 'image/png' in output.get('data', {}):
-                    path = NBS / 'images' / f'readme_{len(files) + 1}.png'
-                    files[path] = base64.b64decode(output.data['image/png'])
-                    caption = for_github(found.get('fig-cap', ''), site)
-                    file = path.relative_to(ROOT).as_posix()
-                    figure = f'![{found.get("fig-alt", caption)}]({file})\n\n{caption}'
-                    output.data = {'text/markdown': figure}
+            outputs = [
+                for_readme(output, found, files, site) for output in cell.outputs
+            ]
+            cell.outputs = sum(outputs, [])
             cells.append(cell)
     nb.cells = cells
     nb.metadata.language_info = {'name': 'python'}  # nbdev_clean drops it
     tags = {'enabled': True, 'remove_input_tags': {'no-source'}}
-    text, extra = MarkdownExporter(
-        config=Config(TagRemovePreprocessor=tags)
-    ).from_notebook_node(nb)
-    if extra.get('outputs'):
-        others = ', '.join(extra['outputs'])
-        sys.exit(f'nbs/index.ipynb: README.md takes PNG figures only, not {others}')
+    exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=tags))
+    text, _ = exporter.from_notebook_node(nb)
     text = re.sub(r'\n([ \t]*\n){2,}', '\n\n', text).strip()
     note = '<!-- Made from nbs/index.ipynb by tools/sync.py: change it there. -->'
     return files | {ROOT / 'README.md': f'{note}\n\n{text}\n'.encode()}
@@ -209,6 +218,7 @@ def site_yml(notebooks, cfg):
     }
     site = {'website': {'navbar': navbar, 'sidebar': sidebar}}
     site |= {'repo-url': cfg['git_url'], 'repo-branch': cfg['branch']}
+    site |= {'site-url': cfg['doc_host'] + cfg['doc_baseurl']}
     note = '# Made from the notebooks and settings.ini by tools/sync.py: change it there.\n'
     return note + yaml.safe_dump(site, sort_keys=False, allow_unicode=True, width=100)
 
@@ -257,7 +267,7 @@ def derive():
         if nb != old[name]:  # nbdev_clean writes notebooks in this very form
             text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n'
             files[NBS / name] = text.encode()
-    files |= dict.fromkeys((NBS / 'images').glob('readme_*.png'))
+    files |= dict.fromkeys((NBS / 'images').glob('readme_*.*'))
     return files | readme(new['index.ipynb'], cfg, yaml.safe_load(site))
 
 
