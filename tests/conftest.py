@@ -10,8 +10,9 @@ def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help=help)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     "Each notebook may run anywhere; the tests of another file stay together, for they share runs"
+    shared = config.pluginmanager.hasplugin('xdist')
     for item in items:
-        if item.path.name != 'test_notebooks.py':
+        if shared and item.path.name != 'test_notebooks.py':
             item.add_marker(pytest.mark.xdist_group(Path(item.path).stem))

@@ -45,6 +45,7 @@ FILES = {
         ('markdown', '# First\n\n> description'),
         ('code', '#| default_exp first'),
         ('code', '#| export\nfrom transformers_tut.tools import hammer'),
+        ('code', '#| exports\ndef one(\n    x,  # a hammer\n):\n    return hammer'),
         ('markdown', '## Naive *and* `refined`'),
         ('markdown', LESSON),
         (
@@ -61,7 +62,8 @@ FILES = {
     'nbs/90_tools.ipynb': notebook(
         ('markdown', '# Tools\n\n> description'),
         ('code', '#| default_exp tools'),
-        ('code', 'import math'),
+        ('code', '#| export\nimport math'),
+        ('code', '#| export\ndef hammer():\n    "As `hammer`."'),
     ),
     'nbs/index.ipynb': notebook(
         ('markdown', '# Index\n\n> description'),
@@ -174,6 +176,14 @@ PLANTED = [  # file, what stands there, what is put in its place, what the probl
         'import math',
         'from transformers_tut import first',
         'import 00_first',
+    ),
+    (FIRST, 'return hammer', 'return hammer\ndef two(): pass', 'defines one and two'),
+    (FIRST, 'a hammer', 'a `hammer`', 'write hammer without backticks in a comment'),
+    (
+        FIRST,
+        '#| exports\n',
+        '#| exports\n' + 'import os\n' * 4,
+        'imports before the idea',
     ),
 ]
 

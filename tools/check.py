@@ -245,6 +245,35 @@ def check_house(page, numbers):
             yield f'{cell.where}: {number}_{name} must not import {other}_{module}'
 
 
+def definitions(page):
+    "Each exported cell with the public functions and classes that it defines"
+    for cell in page.cells:
+        if cell.directives.keys() & {'export', 'exports'}:
+            nodes = ast.parse(cell.source).body
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            yield (
+                cell,
+                [n.name for n in nodes if isinstance(n, kinds) and n.name[0] != '_'],
+            )
+
+
+def check_exports(page, names):
+    "The site documents the first definition of a cell, and makes links of names in backticks"
+    for cell, public in definitions(page):
+        if len(public) > 1:
+            yield f'{cell.where}: defines {" and ".join(public)}; give each a cell of its own'
+        for name in re.findall(
+            r'^[^#\n]*[,:(]\s*#[^|\n]*?`(\w+)[`(.]', cell.source, re.M
+        ):
+            if name in names:
+                yield f'{cell.where}: write {name} without backticks in a comment on a parameter'
+        if (
+            'exports' in cell.directives
+            and len(re.findall('^(from|import) ', cell.source, re.M)) > 3
+        ):
+            yield f'{cell.where}: imports before the idea; #| export hides them'
+
+
 def run():
     pages = [*sorted(NBS.glob('[0-9]*.ipynb')), NBS / 'index.ipynb']
     pages += [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
@@ -257,6 +286,9 @@ def run():
             r'^@\w+\{([^,\s]+),', (NBS / 'references.bib').read_text('utf-8'), re.M
         )
     )
+    names = {
+        n for page in pages.values() for _, public in definitions(page) for n in public
+    }
     site = yaml.safe_load((NBS / 'site.yml').read_text(encoding='utf-8'))
     for page in pages.values():
         yield from check_links(page, pages, site)
@@ -265,6 +297,7 @@ def run():
             yield from check_directives(page)
             yield from check_mentions(page, citations)
             yield from check_house(page, numbers)
+            yield from check_exports(page, names)
 
 
 def main():
