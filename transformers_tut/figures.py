@@ -473,7 +473,7 @@ def label_side(
         if i == mark:
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, clip_on=False, **frame))
 
-# %% ../nbs/94_figures.ipynb #e99b9d78
+# %% ../nbs/94_figures.ipynb #c5b2e6b6
 def map_grid(
     maps,  # [rows, columns, Tq, Tk]: a tensor, or a list of rows [columns, Tq, Tk]
     titles: Sequence[Sequence[str]] | None = None,  # one for each panel, row by row
@@ -504,7 +504,7 @@ def map_grid(
     )
     for i, j in np.ndindex(rows, columns):
         ax = axes[i, j]
-        image = ax.imshow(maps[i][j], vmin=0, vmax=top, cmap=cmap)
+        image = ax.imshow(maps[i][j].numpy(), vmin=0, vmax=top, cmap=cmap)
         ax.tick_params(length=0)
         if titles is not None:
             ax.set_title(titles[i][j], fontsize=10, parse_math=False)
