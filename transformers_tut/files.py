@@ -196,7 +196,7 @@ def download(
             )
     return path
 
-# %% ../nbs/91_files.ipynb #953609f9
+# %% ../nbs/91_files.ipynb #1b80e58c
 _PUBLISHED_URL = (
     'https://raw.githubusercontent.com/phlippe/saved_models/main/tutorial6/'
 )
@@ -219,7 +219,7 @@ def published_checkpoint(
     path = checkpoint_root() / 'published' / name
     return download(url + name, path, PUBLISHED[name], progress=progress)
 
-# %% ../nbs/91_files.ipynb #de395e98
+# %% ../nbs/91_files.ipynb #a72ebe99
 def _study_path(name: str) -> Path:
     return whole_path('results') / f'{name}.csv'
 
