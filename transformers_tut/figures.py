@@ -142,12 +142,11 @@ def _tint(colour: str):
     "A pale tone of a colour, on which dark letters read well."
     return tuple(1 - 0.28 * (1 - c) for c in to_rgb(COLOURS.get(colour, colour)))
 
-# %% ../nbs/94_figures.ipynb #007ac915
+# %% ../nbs/94_figures.ipynb #e70bf4f4
 def diagram(
     xlim: tuple[float, float],  # the left and the right end of the sheet
     ylim: tuple[float, float],  # its lower and its upper end
-    figsize: tuple[float, float]
-    | None = None,  # in inches; one for each unit by default
+    figsize: tuple | None = None,  # width and height in inches; one a unit by default
 ) -> Axes:  # to draw on
     "An empty sheet for a diagram."
     size = figsize or (xlim[1] - xlim[0], ylim[1] - ylim[0])

@@ -19,8 +19,7 @@ def plot_attention_maps(
     queries=None,  # of the queries, as `input_data`; by default the same, where Tq == Tk
     cell: float = 0.22,  # size of a cell in inches; small maps are drawn larger
     cmap: str = 'viridis',  # any colour map of matplotlib's
-    mark: int
-    | None = None,  # a key that gets a frame, and the same query if they are one
+    mark: int | None = None,  # a key to frame, and its query
 ) -> Figure:  # one panel for each layer and head
     "Attention maps with layers down, heads across, one colour scale and one colour bar."
     maps = as_maps(attn_maps, idx)

@@ -111,8 +111,7 @@ def view_attention(
     idx: int = 0,  # which sequence of the batch
     *,
     queries=None,  # of the queries, as `input_data`; by default the same, where Tq == Tk
-    mark: int
-    | None = None,  # a key that gets a frame, and the same query if they are one
+    mark: int | None = None,  # a key to frame, and its query
     title: str | None = None,  # stands above the page
 ) -> AttentionView:  # shows itself; `.save(path)`, `.figure()`
     "A page to explore attention maps with: no network, no kernel, no library."
