@@ -16,7 +16,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-# %% ../nbs/91_files.ipynb #3a8df880
+# %% ../nbs/91_files.ipynb #a669cfe9
 def whole_path(
     path,  # as a person typed it: `~` and relative paths are fine
 ) -> Path:  # absolute, `~` expanded
@@ -25,7 +25,7 @@ def whole_path(
         raise ValueError('a path must not be empty')
     return Path(os.path.abspath(os.path.expanduser(path)))
 
-
+# %% ../nbs/91_files.ipynb #5d200b1d
 def show_path(
     path,  # a file or folder
 ) -> str:  # relative where it is below the current folder
@@ -33,17 +33,17 @@ def show_path(
     path, here = whole_path(path), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-# %% ../nbs/91_files.ipynb #2a263ab1
+# %% ../nbs/91_files.ipynb #5514017c
 def checkpoint_root() -> Path:  # `PATH_CHECKPOINT`, or saved_models/Transformers
     "The folder for trained models."
     return whole_path(os.environ.get('PATH_CHECKPOINT') or 'saved_models/Transformers')
 
-
+# %% ../nbs/91_files.ipynb #db02ffab
 def dataset_root() -> Path:  # `PATH_DATASETS`, or data
     "The folder for data sets and what is computed from them."
     return whole_path(os.environ.get('PATH_DATASETS') or 'data')
 
-# %% ../nbs/91_files.ipynb #6708759e
+# %% ../nbs/91_files.ipynb #9232bc5a
 @contextmanager
 def atomic_write(
     path,  # the file to write; its folder is made where it is missing
@@ -64,7 +64,7 @@ def atomic_write(
     finally:
         scratch.unlink(missing_ok=True)
 
-# %% ../nbs/91_files.ipynb #986599fd
+# %% ../nbs/91_files.ipynb #2ebbef1f
 def write_json(
     path,  # the file
     content: dict,  # what to write
@@ -74,7 +74,7 @@ def write_json(
     with atomic_write(path) as scratch:
         scratch.write_text(text + '\n', encoding='utf-8')
 
-
+# %% ../nbs/91_files.ipynb #e270cc00
 def read_json(
     path,  # the file
 ) -> dict:  # its content
@@ -87,7 +87,7 @@ def read_json(
         raise ValueError(f'{show_path(path)} is damaged: it must hold names and values')
     return content
 
-# %% ../nbs/91_files.ipynb #8f30e166
+# %% ../nbs/91_files.ipynb #0e25cbc4
 def set_aside(
     path,  # an earlier file, or a run's folder
 ) -> Path | None:  # where it is now; None where there was none
@@ -100,7 +100,7 @@ def set_aside(
         n += 1
     return path.rename(target)
 
-# %% ../nbs/91_files.ipynb #f86ca4f0
+# %% ../nbs/91_files.ipynb #a24da79e
 def save_figure(
     fig,  # a matplotlib figure
     path,  # a .png or .svg file
@@ -113,7 +113,7 @@ def save_figure(
         fig.savefig(scratch, format=kind, dpi=120, bbox_inches='tight')
     plt.close(fig)
 
-# %% ../nbs/91_files.ipynb #160ef1b5
+# %% ../nbs/91_files.ipynb #e4f6efb5
 def sha256(
     path,  # a file
 ) -> str:  # 64 hexadecimal digits
@@ -124,7 +124,7 @@ def sha256(
 
 
 def _known_hash(
-    expected: str | None,  # as given to `download`
+    expected: str | None,  # as given to download
     record: Path,  # NAME.sha256
 ) -> tuple[str | None, str]:  # what is known of the hash, and where from
     "The hash that a file must have, as far as it is known."
@@ -154,7 +154,7 @@ def _check_present(path: Path, known: str | None, origin: str):
             f'{origin}: {known[:12]}...); move it away to download it again'
         )
 
-# %% ../nbs/91_files.ipynb #8f5796c4
+# %% ../nbs/91_files.ipynb #a6e14b34
 def download(
     url: str,  # where the file is
     path,  # where it goes
@@ -196,7 +196,7 @@ def download(
             )
     return path
 
-# %% ../nbs/91_files.ipynb #1b80e58c
+# %% ../nbs/91_files.ipynb #501dbb24
 _PUBLISHED_URL = (
     'https://raw.githubusercontent.com/phlippe/saved_models/main/tutorial6/'
 )
@@ -219,7 +219,7 @@ def published_checkpoint(
     path = checkpoint_root() / 'published' / name
     return download(url + name, path, PUBLISHED[name], progress=progress)
 
-# %% ../nbs/91_files.ipynb #a72ebe99
+# %% ../nbs/91_files.ipynb #fe7dcdec
 def _study_path(name: str) -> Path:
     return whole_path('results') / f'{name}.csv'
 
@@ -254,7 +254,7 @@ def make_study(
             head + pd.DataFrame(plain).to_csv(index=False), encoding='utf-8'
         )
 
-
+# %% ../nbs/91_files.ipynb #54d8c575
 def read_study(
     name: str,  # of the study
 ):  # a pandas DataFrame; its `attrs` are the facts on top of the table

@@ -140,7 +140,7 @@ def _check_processes(
         )
     return n
 
-# %% ../nbs/92_settings.ipynb #39971dc3
+# %% ../nbs/92_settings.ipynb #f17353a3
 @contextmanager
 def threads(
     n: int,  # how many threads PyTorch may use inside an operation; 0 leaves the number as it is
@@ -158,21 +158,21 @@ def threads(
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../nbs/92_settings.ipynb #cbcdf358
 def threads_for(
     work: int,  # multiplications of a forward pass: parameters times elements in a step
 ) -> int:  # 1 for a small model, as many as PyTorch has for a large one
     "The number of threads that suits a model, unless somebody knows better."
     import torch
 
-    return 1 if work < 2**28 else torch.get_num_threads()
+    return 1 if work < 2**30 else torch.get_num_threads()
 
-# %% ../nbs/92_settings.ipynb #66cff9bc
+# %% ../nbs/92_settings.ipynb #a5136f45
 def choose(
     cls: type,  # the task's settings
     recipes: dict,  # by name, what each replaces in the defaults
     recipe: str,  # the name of one of them
-    options: dict,  # fields of `cls` and of `Machine`
+    options: dict,  # fields of that class and of Machine
 ) -> tuple[Settings, Machine]:  # what to learn, and where
     "Settings from a recipe and from what overrides it."
     if recipe not in recipes:
@@ -182,7 +182,7 @@ def choose(
     what = {name: value for name, value in options.items() if name not in places}
     return cls(**recipes[recipe] | what), Machine(**where)
 
-# %% ../nbs/92_settings.ipynb #82bdcf73
+# %% ../nbs/92_settings.ipynb #8224b68f
 class Terminated(KeyboardInterrupt):
     "SIGTERM has come; to be handled as Ctrl-C is."
 
@@ -243,7 +243,7 @@ def _explained(
             return 1, f'{sentence} ({text[:200]})'
     return None
 
-# %% ../nbs/92_settings.ipynb #98110f1c
+# %% ../nbs/92_settings.ipynb #645e5dc0
 def _guarded(
     name: str,  # of the command
     run,  # does its work, and may return an exit status
@@ -284,7 +284,7 @@ def _end(name: str, status: int, text: str) -> int:
         print(f'{name}: {text}', file=sys.stderr)
     return status
 
-# %% ../nbs/92_settings.ipynb #10cf082e
+# %% ../nbs/92_settings.ipynb #10058ea2
 def _options_class(
     cls: type | None,  # the task's settings
     recipes: dict,  # by name
@@ -363,7 +363,7 @@ def _parse(
         options.machine.for_trainer()
     return options
 
-
+# %% ../nbs/92_settings.ipynb #7df814c1
 def command(
     name: str,  # of the command: tut_X for the module X
     settings: type | None = None,  # the task's settings; None: the command has none
@@ -395,7 +395,7 @@ def command(
 
     return decorate
 
-# %% ../nbs/92_settings.ipynb #a32cdb7e
+# %% ../nbs/92_settings.ipynb #2599b02a
 def run_command():
     "What every command `tut_X` begins with: import the module X, guarded, and run its `main`."
     name = Path(sys.argv[0]).stem
