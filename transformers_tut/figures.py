@@ -52,7 +52,7 @@ COLOURS = {
     'neutral': _GREY,  # what a plot compares with: chance, a bound, an axis
 }
 
-# %% ../nbs/94_figures.ipynb #fb25ff4f
+# %% ../nbs/94_figures.ipynb #00b11378
 _POINTS = 20_000  # with more of them, an SVG is larger than a PNG
 
 
@@ -86,7 +86,7 @@ def _show_sharply(shell):
     shell.display_formatter.formatters['image/svg+xml'].for_type(Figure, svg)
     shell.display_formatter.formatters['image/png'].for_type(Figure, png)
 
-# %% ../nbs/94_figures.ipynb #46ee4fca
+# %% ../nbs/94_figures.ipynb #4bf7a802
 def house_style():
     "Draw all figures from here on in the style of the course."
     text = {
@@ -128,7 +128,7 @@ def house_style():
     if ipython and ipython.get_ipython():
         _show_sharply(ipython.get_ipython())
 
-# %% ../nbs/94_figures.ipynb #37628358
+# %% ../nbs/94_figures.ipynb #09014b52
 class _Box(NamedTuple):
     "A place in a diagram, to which arrows lead."
 
@@ -142,7 +142,7 @@ def _tint(colour: str):
     "A pale tone of a colour, on which dark letters read well."
     return tuple(1 - 0.28 * (1 - c) for c in to_rgb(COLOURS.get(colour, colour)))
 
-# %% ../nbs/94_figures.ipynb #e70bf4f4
+# %% ../nbs/94_figures.ipynb #ecab29da
 def diagram(
     xlim: tuple[float, float],  # the left and the right end of the sheet
     ylim: tuple[float, float],  # its lower and its upper end
@@ -202,7 +202,7 @@ def note(
     "A small text beside the boxes."
     ax.text(x, y, text, **{'fontsize': 9, 'ha': 'center', 'va': 'center'} | kwargs)
 
-# %% ../nbs/94_figures.ipynb #9701d83a
+# %% ../nbs/94_figures.ipynb #38b12789
 def _gate(
     a: _Box | tuple[float, float],  # a box, or a point
     b: tuple[float, float, float],  # x, y and height of what lies at the other end
@@ -221,7 +221,7 @@ def _gate(
 def _middle(place):
     return (place.x, place.y, place.h) if isinstance(place, _Box) else (*place, 0)
 
-# %% ../nbs/94_figures.ipynb #7051381a
+# %% ../nbs/94_figures.ipynb #61d0f610
 def arrow(
     ax: Axes,  # the sheet
     start: _Box | tuple[float, float],  # a box, or a point
@@ -250,7 +250,7 @@ def arrow(
     (x0, y0), (x1, y1) = points[:2]
     note(ax, (x0 + x1) / 2 + dx, (y0 + y1) / 2, text, ha='left')
 
-# %% ../nbs/94_figures.ipynb #6ea1678d
+# %% ../nbs/94_figures.ipynb #4e4e49d5
 def _pick(data, idx: int, name: str, what: str):
     "Sequence `idx` of a batch of labels or images."
     if idx >= len(data):
@@ -287,7 +287,7 @@ def as_labels(
         )
     return labels
 
-# %% ../nbs/94_figures.ipynb #f3551315
+# %% ../nbs/94_figures.ipynb #0ea2ce1f
 def as_image(
     image,  # a PIL image; or [H, W, 3], [3, H, W] or [H, W] of uint8, or of floats in [0, 1]
     name: str,  # the argument, for the message
@@ -348,7 +348,7 @@ def as_images(
         )
     return [as_image(d, name) for d in data]
 
-# %% ../nbs/94_figures.ipynb #24e96730
+# %% ../nbs/94_figures.ipynb #f83feabc
 def _check_mark(mark, length: int, side: str = 'key') -> int | None:
     if mark is None:
         return None
@@ -379,7 +379,7 @@ def as_sides(
     mark_query = mark if same else None
     return {'keys': keys, 'queries': queries, 'mark': mark, 'mark_query': mark_query}
 
-# %% ../nbs/94_figures.ipynb #467b603e
+# %% ../nbs/94_figures.ipynb #87479c3c
 def thumbnail(
     image: np.ndarray,  # [H, W, 3], floats in [0, 1]
     size: int = 64,  # pixels; larger images are made smaller
@@ -391,7 +391,7 @@ def thumbnail(
     small.save(png, 'PNG')
     return 'data:image/png;base64,' + b64encode(png.getvalue()).decode()
 
-# %% ../nbs/94_figures.ipynb #36873e61
+# %% ../nbs/94_figures.ipynb #1dca03fa
 def as_maps(
     attn_maps,  # one map for each layer, [B, H, Tq, Tk] or [H, Tq, Tk]; or one such map
     idx: int,  # which sequence of the batch
@@ -443,7 +443,7 @@ def _as_map(m, idx: int) -> Tensor:
         )
     return m
 
-# %% ../nbs/94_figures.ipynb #074d41c6
+# %% ../nbs/94_figures.ipynb #d9ad792e
 def label_side(
     ax: Axes,  # a panel with a map
     side: str,  # 'bottom' for the keys, 'left' for the queries
@@ -472,7 +472,7 @@ def label_side(
         if i == mark:
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, clip_on=False, **frame))
 
-# %% ../nbs/94_figures.ipynb #c5b2e6b6
+# %% ../nbs/94_figures.ipynb #3487942c
 def map_grid(
     maps,  # [rows, columns, Tq, Tk]: a tensor, or a list of rows [columns, Tq, Tk]
     titles: Sequence[Sequence[str]] | None = None,  # one for each panel, row by row
