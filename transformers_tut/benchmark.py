@@ -126,7 +126,7 @@ def busiest(
     names = [e.key.removeprefix('aten::').strip('_') for e in events[:top]]
     return {n: e.self_cpu_time_total / total for n, e in zip(names, events)}
 
-# %% ../nbs/97_benchmark.ipynb #c4197f05
+# %% ../nbs/97_benchmark.ipynb #18de9305
 @dataclass(frozen=True)
 class Limits:
     "What the machine does at its best."
@@ -134,13 +134,13 @@ class Limits:
     matmul: float  # floating point operations in a second
     copy: float  # bytes read and written in a second
 
-    def seconds(
+    def milliseconds(
         self,
         flops: float = 0.0,  # floating point operations
         moved: float = 0.0,  # bytes to read and to write
     ) -> float:
         "The least time for some arithmetic and some traffic."
-        return flops / self.matmul + moved / self.copy
+        return 1e3 * (flops / self.matmul + moved / self.copy)
 
 
 def measure_limits(
@@ -153,97 +153,104 @@ def measure_limits(
     times = in_turns({'matmul': lambda: a @ b, 'copy': lambda: target.copy_(source)})
     return Limits(2 * n**3 / min(times['matmul']), 8 * size / min(times['copy']))
 
-# %% ../nbs/97_benchmark.ipynb #c13b3d80
+# %% ../nbs/97_benchmark.ipynb #d6a45a58
 def compare(
     name: str,  # of the row
     variants: dict[
         str, Callable
-    ],  # 'ours'; perhaps 'naive' and 'limit'; others are peers
+    ],  # 'ours'; perhaps 'naive'; others are peers, or the limit
     *,
-    least: float = 0.0,  # seconds that a call must take, as by `Limits.seconds`
-    unit: str = 'ms',  # other than 'ms': a call returns its number, which should be small
+    least: float = 0.0,  # the limit, in the row's unit, as by `Limits.milliseconds`
+    limit: str = '',  # or the variant that is the limit
+    unit: str = 'ms',  # of the numbers
+    timed: bool = True,  # False: a call is not timed, but returns its number
     rounds: int = 7,  # samples of each variant
-    share_goal: float | None = None,  # of the limit, hoped for
-    peer_goal: float | None = None,  # best peer / ours, hoped for
-    most: float | None = None,  # of our own number, hoped for
+    **goals: float,  # `share` of the limit, `ratio` best peer / ours, `most` of our own number
 ) -> dict:  # a row for `as_table`
     "Measure variants in turns: medians, the ratio to the best peer, the share of a limit."
-    samples = _samples(variants, rounds, unit)
+    samples = _milliseconds(variants, rounds) if timed else _returned(variants, rounds)
     middle = {variant: median(values) for variant, values in samples.items()}
-    row = dict(what=name, unit=unit, ours=middle['ours'], naive=middle.get('naive'))
-    peers = [
-        variant for variant in variants if variant not in ('ours', 'naive', 'limit')
-    ]
+    row = {'what': name, 'unit': unit, 'ours': middle['ours']}
+    if 'naive' in variants:
+        row['naive'] = middle['naive']
+    peers = [variant for variant in variants if variant not in ('ours', 'naive', limit)]
     if peers:
         best = min(peers, key=middle.get)
         ratios = [a / b for a, b in zip(samples[best], samples['ours'])]
-        low, ratio, high = (
-            quantiles(ratios, n=4, method='inclusive') if rounds > 1 else 3 * ratios
-        )
-        row |= dict(peer=best, peer_took=middle[best], ratio=ratio, low=low, high=high)
-    limit = middle.get('limit', 1e3 * least)
-    if limit:
-        row['share'] = limit / middle['ours']
-    goals = dict(share_goal=share_goal, peer_goal=peer_goal, most=most)
-    return row | {goal: value for goal, value in goals.items() if value is not None}
+        low, ratio, high = quantiles(ratios * 2, n=4, method='inclusive')
+        row |= {'peer': best, 'peer took': middle[best]}
+        row |= {'ratio': ratio, 'low': low, 'high': high}
+    if limit or least:
+        row |= {
+            'share': (middle[limit] if limit else least) / row['ours'],
+            'limit': limit,
+        }
+    return row | {f'{goal} goal': value for goal, value in goals.items()}
 
 
-def _samples(variants, rounds, unit):
-    "Numbers of each variant, in milliseconds where they are times."
-    if unit == 'ms':
-        times = in_turns(variants, rounds)
-        return {name: [1e3 * t for t in samples] for name, samples in times.items()}
+def _milliseconds(variants, rounds):
+    times = in_turns(variants, rounds)
+    return {name: [1e3 * t for t in samples] for name, samples in times.items()}
+
+
+def _returned(variants, rounds):
     turns = [{name: call() for name, call in variants.items()} for _ in range(rounds)]
     return {name: [turn[name] for turn in turns] for name in variants}
 
-# %% ../nbs/97_benchmark.ipynb #91b19a79
+# %% ../nbs/97_benchmark.ipynb #83902a4f
 def as_table(
     rows,  # of `compare`: a list of dictionaries, or a DataFrame of them
 ):  # pandas DataFrame of text
-    "The rows as a table to read: times, ratio with quartiles, share of the limit, goals."
+    "The rows as a table to read: numbers, ratio with quartiles, share of the limit, goals."
     import pandas as pd
 
-    table = [
-        _as_text({k: v for k, v in row.items() if not pd.isna(v)})
-        for row in _records(rows)
-    ]
-    return pd.DataFrame(table).fillna('').set_index('measured')
-
-
-def _records(rows):
-    return rows if isinstance(rows, list) else rows.to_dict('records')
+    rows = pd.DataFrame(rows).to_dict('records')
+    known = [{k: v for k, v in row.items() if not pd.isna(v)} for row in rows]
+    return pd.DataFrame([_as_text(row) for row in known]).set_index('measured')
 
 
 def _as_text(row):
     "One row, as text."
-
-    def number(key):
-        value = row.get(key)
-        if value is None:
-            return ''
-        return (
-            f'{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {row["unit"]}'
+    peer = ratio = share = ''
+    if 'ratio' in row:
+        peer = f'{_rounded(row, "peer took")} ({row["peer"]})'
+        ratio = f'{row["ratio"]:.2f} ({row["low"]:.2f}–{row["high"]:.2f})'
+    if 'share' in row:
+        share = f'{row["share"]:.0%}' + (
+            f' of {row["limit"]}' if row.get('limit') else ''
         )
-
-    goals = [
-        ('share_goal', 'share', 1, '≥ {:.0%} of limit'),
-        ('peer_goal', 'ratio', 1, '≥ {:g} x peer'),
-        ('most', 'ours', -1, f'≤ {{:g}} {row["unit"]}'),
-    ]
-    wanted, reached = [], []
-    for goal, found, sign, text in goals:
-        if goal in row:
-            wanted.append(text.format(row[goal]))
-            reached.append(sign * row[found] >= sign * row[goal])
+    goals, reached = _goals(row)
     return {
         'measured': row['what'],
-        'naive': number('naive'),
-        'ours': number('ours'),
-        'best peer': f'{number("peer_took")} ({row["peer"]})' if 'peer' in row else '',
-        'peer / ours': '{ratio:.2f} ({low:.2f}–{high:.2f})'.format(**row)
-        if 'peer' in row
-        else '',
-        'share of limit': f'{row["share"]:.0%}' if 'share' in row else '',
-        'goal': ', '.join(wanted),
-        'reached': '' if not wanted else 'yes' if all(reached) else 'no',
+        'naive': _rounded(row, 'naive'),
+        'ours': _rounded(row, 'ours'),
+        'best peer': peer,
+        'peer / ours': ratio,
+        'share of limit': share,
+        'goal': ', '.join(goals),
+        'reached': {None: '', True: 'yes', False: 'no'}[reached],
     }
+
+
+def _rounded(row, key):
+    "A number with its unit, three digits of it."
+    if key not in row:
+        return ''
+    value = row[key]
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f'{value:,.{digits}f} {row["unit"]}'
+
+
+def _goals(row):
+    "The goals of a row as text, and whether all are reached; None where there is none."
+    goals, reached = [], []
+    if 'share goal' in row:
+        goals.append(f'share ≥ {row["share goal"]:.0%}')
+        reached.append(row['share'] >= row['share goal'])
+    if 'ratio goal' in row:
+        goals.append(f'ratio ≥ {row["ratio goal"]:g}')
+        reached.append(row['ratio'] >= row['ratio goal'])
+    if 'most goal' in row:
+        goals.append(f'≤ {row["most goal"]:g} {row["unit"]}')
+        reached.append(row['ours'] <= row['most goal'])
+    return goals, all(reached) if goals else None

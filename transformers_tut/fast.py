@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# %% ../nbs/98_fast.ipynb #aeac9838
+# %% ../nbs/98_fast.ipynb #41f525c7
 _FEW_ELEMENTS = 2**13  # below, PyTorch's own dropout is about as fast, or faster
 
 
@@ -43,7 +43,7 @@ def _pays(x):
     plain = type(x) is Tensor and not x.is_nested
     return plain and x.device.type == 'cpu' and x.numel() >= _FEW_ELEMENTS
 
-# %% ../nbs/98_fast.ipynb #4bdf28ab
+# %% ../nbs/98_fast.ipynb #8ae7a6b0
 _FEW_CLASSES, _FEW_LOGITS = 16, 2**12
 
 
@@ -62,7 +62,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         loss = super().forward(input.T[None], target[None])  # [1, C, N] and [1, N]
         return loss[0] if self.reduction == 'none' else loss
 
-# %% ../nbs/98_fast.ipynb #43b92b87
+# %% ../nbs/98_fast.ipynb #5512a6b7
 _TWINS = {nn.Dropout: Dropout, nn.CrossEntropyLoss: CrossEntropyLoss}
 
 
@@ -74,7 +74,7 @@ def faster(
         module.__class__ = _TWINS.get(type(module), type(module))
     return model
 
-# %% ../nbs/98_fast.ipynb #c41d1125
+# %% ../nbs/98_fast.ipynb #a968669e
 def fold_batchnorm(
     model: nn.Module,  # layers in the order in which they run, as in torchvision's ResNets
 ) -> nn.Module:  # a copy in evaluation mode, same features up to rounding
