@@ -265,11 +265,13 @@ def _terminate(signum, frame):
 
 
 class _Terminable(pl.Callback):
-    "Let SIGTERM end training in place of Lightning's handler, in each process for itself."
+    "Let SIGTERM end a run in place of Lightning's handler, in each process for itself."
 
     def on_train_start(self, trainer, pl_module):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
 @contextmanager
@@ -281,7 +283,8 @@ def interruptible(
     main = threading.current_thread() is threading.main_thread()
     watched = (signal.SIGINT, signal.SIGTERM) if main else ()
     handlers = {number: signal.getsignal(number) for number in watched}
-    if handlers.get(signal.SIGTERM) is signal.SIG_DFL:
+    no_command = handlers.get(signal.SIGTERM) is signal.SIG_DFL
+    if no_command:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
@@ -293,9 +296,11 @@ def interruptible(
         found = (
             'what was done is kept in' if done else 'there was nothing to keep yet in'
         )
-        raise type(cause)(
-            f'interrupted; {found} {folder}: start again with the same settings to go on'
-        ) from None
+        message = f'interrupted; {found} {folder}: start again with the same settings to go on'
+        if no_command and isinstance(cause, Terminated):
+            print(message, file=sys.stderr)
+            raise SystemExit(143) from None
+        raise type(cause)(message) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -384,6 +389,7 @@ def trainer_args(
     return {
         **machine.for_trainer(),
         'default_root_dir': folder,
+        'callbacks': [_Terminable()],
         'plugins': plugins,
         'enable_progress_bar': machine.progress and _has_a_screen(),
         'enable_model_summary': False,
@@ -410,7 +416,8 @@ def make_trainer(
         **common,
     )
     last = ModelCheckpoint(filename='last', save_on_train_epoch_end=True, **common)
-    callbacks = [_SeedEpochs(seed), _Terminable(), best, last]
+    args = trainer_args(machine, folder)
+    callbacks = [*args.pop('callbacks'), _SeedEpochs(seed), best, last]
     if stop_at is not None:
         callbacks.append(_StopAt(stop_at))
     if machine.progress and not _has_a_screen():
@@ -424,7 +431,7 @@ def make_trainer(
         )
         callbacks += [LearningRateMonitor('step'), _LogFigures()]
     return pl.Trainer(
-        **trainer_args(machine, folder),
+        **args,
         logger=logger,
         callbacks=callbacks,
         num_sanity_val_steps=0,
