@@ -69,7 +69,7 @@ def run_name(
     text = json.dumps(asdict(settings), sort_keys=True)
     return f'run-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
-# %% ../nbs/92_settings.ipynb #7876175e
+# %% ../nbs/92_settings.ipynb #a7ae17e4
 @dataclass(frozen=True)
 class Machine(Settings):
     "Where a run runs, and what it shows: settings mean the same on any of it."
@@ -121,8 +121,9 @@ class Machine(Settings):
     def _on_cpu(self) -> bool:
         import torch
 
-        automatic = self.accelerator == 'auto' and not torch.accelerator.is_available()
-        return self.accelerator == 'cpu' or automatic
+        if self.accelerator == 'auto':
+            return not torch.accelerator.is_available()
+        return self.accelerator == 'cpu'
 
 
 def _check_processes(
@@ -182,7 +183,7 @@ def choose(
     what = {name: value for name, value in options.items() if name not in places}
     return cls(**recipes[recipe] | what), Machine(**where)
 
-# %% ../nbs/92_settings.ipynb #8224b68f
+# %% ../nbs/92_settings.ipynb #83ef77c1
 class Terminated(KeyboardInterrupt):
     "SIGTERM has come; to be handled as Ctrl-C is."
 
@@ -205,6 +206,7 @@ def _sigterm_raises():
         signal.signal(signal.SIGTERM, before)
 
 
+_NOT_WRITTEN = 'a file could not be written; is the disk full?'
 # how PyTorch says what is none of the program's faults: part of its message, our sentence
 _RUNTIME_ERRORS = {
     "can't allocate memory": 'not enough memory',
@@ -212,7 +214,9 @@ _RUNTIME_ERRORS = {
     'Storage size calculation overflowed': 'not enough memory',
     'invalid size': 'not enough memory',
     'PytorchStreamReader failed': 'a file is damaged',
-    'PytorchStreamWriter failed': 'a file could not be written; is the disk full?',
+    'PytorchStreamWriter failed': _NOT_WRITTEN,
+    'unexpected pos': _NOT_WRITTEN,
+    'iostream error': _NOT_WRITTEN,
     'loading state_dict': 'the checkpoint is of another model',
 }
 
