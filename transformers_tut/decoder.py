@@ -103,6 +103,8 @@ class CrossAttention(nn.Module):
 class Positions(nn.Module):
     "Where tokens stand, as a decoder is told: here not at all. Kinds of positions override this."
 
+    max_len: int | None = None  # the most positions it knows; None for no end
+
     def embed(
         self,
         x: Tensor,  # tokens [B, T, D]
