@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'whole_path', 'show_path', 'checkpoint_root', 'dataset_root', 'atomic_write', 'write_json', 'read_json',
            'set_aside', 'save_figure', 'sha256', 'download', 'published_checkpoint', 'make_study', 'read_study']
 
-# %% ../nbs/91_files.ipynb #bd757730
+# %% ../nbs/91_files.ipynb #ace6530e
 import json
 import os
 import re
@@ -14,7 +14,10 @@ import tempfile
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
+
+from . import __version__
 
 # %% ../nbs/91_files.ipynb #a669cfe9
 def whole_path(
@@ -219,7 +222,7 @@ def published_checkpoint(
     path = checkpoint_root() / 'published' / name
     return download(url + name, path, PUBLISHED[name], progress=progress)
 
-# %% ../nbs/91_files.ipynb #fe7dcdec
+# %% ../nbs/91_files.ipynb #6fc5bdee
 def _study_path(name: str) -> Path:
     return whole_path('results') / f'{name}.csv'
 
@@ -227,6 +230,7 @@ def _study_path(name: str) -> Path:
 def make_study(
     name: str,  # of the study: the table is results/NAME.csv
     rows,  # a function without arguments, which gives a list of dicts
+    /,
     **settings,  # facts of the study, to stand on top of the table
 ):
     "Run a study and keep its table; where it is there, only with TUT_STUDIES=anew."
@@ -244,17 +248,20 @@ def make_study(
         for row in rows()
     ]
     facts = settings | {
-        'transformers_tut': version('transformers_tut'),
+        'transformers_tut': __version__,
         'torch': version('torch'),
         'date': date.today().isoformat(),
     }
-    head = ''.join(f'# {key}: {value}\n' for key, value in facts.items())
+    head = ''
+    for key, value in facts.items():
+        # one line each, whatever the value
+        head += f'# {key}: {" ".join(str(value).split())}\n'
     with atomic_write(path) as scratch:
         scratch.write_text(
             head + pd.DataFrame(plain).to_csv(index=False), encoding='utf-8'
         )
 
-# %% ../nbs/91_files.ipynb #54d8c575
+# %% ../nbs/91_files.ipynb #35bf3d7d
 def read_study(
     name: str,  # of the study
 ):  # a pandas DataFrame; its `attrs` are the facts on top of the table
@@ -268,7 +275,7 @@ def read_study(
             "flagged '#| slow', in the folder of the notebooks"
         )
     lines = path.read_text(encoding='utf-8').splitlines()
-    head = [line for line in lines if line.startswith('# ')]
+    head = list(takewhile(lambda line: line.startswith('# '), lines))
     table = pd.read_csv(path, skiprows=len(head))
     table.attrs = dict(line[2:].split(': ', 1) for line in head)
     return table
