@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'run_name', 'Machine', 'threads', 'threads_for', 'choose', 'Terminated', 'command', 'run_command']
 
-# %% ../nbs/92_settings.ipynb #3a5a621c
+# %% ../nbs/92_settings.ipynb #a221b559
 import hashlib
 import json
 import os
@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from importlib import import_module
@@ -374,7 +375,7 @@ def _parse(
         options.machine.for_trainer()
     return options
 
-# %% ../nbs/92_settings.ipynb #065060bb
+# %% ../nbs/92_settings.ipynb #15806900
 def command(
     name: str,  # of the command: tut_X for the module X
     settings: type | None = None,  # the task's settings; None: the command has none
@@ -388,14 +389,17 @@ def command(
     def decorate(function):
         def main(
             argv: list | None = None,  # arguments; None: those of the command line
+            started: float | None = None,  # by time.perf_counter(); None: now
         ) -> int:  # the exit status
+            began = time.perf_counter() if started is None else started
+
             def run():
                 description = function.__doc__ or ''
-                return function(
-                    _parse(
-                        argv, name, description, settings, recipes or {}, recipe, flags
-                    )
+                options = _parse(
+                    argv, name, description, settings, recipes or {}, recipe, flags
                 )
+                options.started = began
+                return function(options)
 
             return _guarded(name, run)
 
@@ -406,13 +410,14 @@ def command(
 
     return decorate
 
-# %% ../nbs/92_settings.ipynb #64dc88fd
+# %% ../nbs/92_settings.ipynb #39ab4754
 def run_command():
     "What every command `tut_X` begins with: import the module X, guarded, and run its `main`."
-    name = Path(sys.argv[0]).stem
+    name, started = Path(sys.argv[0]).stem, time.perf_counter()
 
     def run():
-        return import_module(f'transformers_tut.{name.removeprefix("tut_")}').main()
+        task = import_module(f'transformers_tut.{name.removeprefix("tut_")}')
+        return task.main(started=started)
 
     status = _guarded(name, run)
     # all is said; a second Ctrl-C would only bring a trace of Python's own exit
