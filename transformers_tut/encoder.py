@@ -195,17 +195,16 @@ def _(block: EncoderBlock):
 
 @from_torch.register
 def _(layer: nn.TransformerEncoderLayer):
+    _check_plain(layer, _TORCHS)
     relu = layer.activation in (F.relu, torch.relu) or isinstance(
         layer.activation, nn.ReLU
     )
     reasons = {
         'an activation other than relu': not relu,
-        'bias=False': layer.linear1.bias is None,
         'batch_first=False': not layer.self_attn.batch_first,
-        'dropout1.p unlike dropout2.p': layer.dropout1.p != layer.dropout2.p,
+        'dropout1 unlike dropout2': str(layer.dropout1) != str(layer.dropout2),
     }
     _refuse(layer, reasons)
-    _check_plain(layer, _TORCHS)
     D, inner = layer.linear1.in_features, layer.linear1.out_features
     with torch.device('meta'):
         heads = layer.self_attn.num_heads
