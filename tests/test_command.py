@@ -128,6 +128,12 @@ def test_a_full_disk_behind_stdout_is_one_sentence(toy, options):
 
 
 @on_linux
+def test_with_stderr_on_a_full_disk_its_status_is_left(toy):
+    with open('/dev/full', 'w') as full:
+        assert run(*toy, 'print', stdout=full, stderr=full).returncode == 1
+
+
+@on_linux
 @pytest.mark.parametrize('action', ['json', 'torch'])
 def test_a_file_that_cannot_be_written_is_one_sentence(toy, tmp_path, action):
     ended = run(*toy, action, '--out-dir', tmp_path)

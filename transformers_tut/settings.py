@@ -191,7 +191,7 @@ def choose(
     what = {name: value for name, value in options.items() if name not in places}
     return cls(**recipes[recipe] | what), Machine(**where)
 
-# %% ../nbs/92_settings.ipynb #acab0082
+# %% ../nbs/92_settings.ipynb #7f266c4d
 class Terminated(KeyboardInterrupt):
     "SIGTERM has come; to be handled as Ctrl-C is."
 
@@ -220,7 +220,6 @@ _RUNTIME_ERRORS = {
     "can't allocate memory": 'not enough memory',
     'out of memory': 'not enough memory',
     'Storage size calculation overflowed': 'not enough memory',
-    'invalid size': 'not enough memory',
     'PytorchStreamReader failed': 'a file is damaged',
     'PytorchStreamWriter failed': _NOT_WRITTEN,
     'unexpected pos': _NOT_WRITTEN,
@@ -246,16 +245,16 @@ def _explained(
         return 1, f'a file is damaged, or holds what is not safe to load ({text[:200]})'
     if isinstance(error, (OSError, UnicodeError, ModuleNotFoundError)):
         return 1, text
-    if isinstance(error, (ValueError, TypeError)):
-        return 2, text
-    if type(error).__name__ == 'MisconfigurationException':
+    # Lightning's own error, by name: it is not imported for a command without it
+    by_lightning = type(error).__name__ == 'MisconfigurationException'
+    if isinstance(error, (ValueError, TypeError)) or by_lightning:
         return 2, text
     for part, sentence in _RUNTIME_ERRORS.items():
         if isinstance(error, RuntimeError) and part in text:
             return 1, f'{sentence} ({text[:200]})'
     return None
 
-# %% ../nbs/92_settings.ipynb #0717e29a
+# %% ../nbs/92_settings.ipynb #ccc414a0
 def _guarded(
     name: str,  # of the command
     run,  # does its work, and may return an exit status
@@ -290,11 +289,19 @@ def _end(name: str, status: int, text: str) -> int:
     except OSError as e:
         if not status:
             status, text = _explained(e)
-        # Python flushes again at its exit, and would complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if text:
-        print(f'{name}: {text}', file=sys.stderr)
+        _silence(sys.stdout)
+    try:
+        if text:
+            print(f'{name}: {text}', file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
     return status
+
+
+def _silence(stream):
+    "Python flushes again at its exit; what cannot be written must not be tried again."
+    with open(os.devnull, 'w') as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 # %% ../nbs/92_settings.ipynb #706df69b
 def _options_class(
