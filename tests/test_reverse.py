@@ -82,7 +82,6 @@ def whole(tmp_path_factory):
 PERFECT = [('validation accuracy', '100.00 %'), ('test accuracy', '100.00 %')]
 
 
-@pytest.mark.xdist_group('reverse')
 def test_the_command_reports_where_everything_is(whole):
     folder, out = whole
     assert re.findall(r'(\S+ accuracy): (\S+ %)', out) == PERFECT
@@ -93,7 +92,6 @@ def test_the_command_reports_where_everything_is(whole):
     assert len(runs(folder)) == 1
 
 
-@pytest.mark.xdist_group('reverse')
 def test_fresh_keeps_the_older_files(whole, tmp_path):
     folder, _ = whole
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -106,7 +104,6 @@ def test_fresh_keeps_the_older_files(whole, tmp_path):
         assert path.read_bytes() == kept.read_bytes()
 
 
-@pytest.mark.xdist_group('reverse')
 def test_killed_in_mid_epoch_it_ends_with_the_same_weights(whole, tmp_path):
     process = start(tmp_path)
     # the first epoch is done, the second under way
@@ -137,7 +134,6 @@ def test_stopped_it_says_how_to_go_on(tmp_path, sent, status):
     assert finish(start(tmp_path)).count('100.00 %') == 2
 
 
-@pytest.mark.xdist_group('reverse')
 def test_two_processes_give_one_right_result(whole, tmp_path):
     out = finish(start(tmp_path, '--strategy', 'ddp', '--devices', '2'))
     assert out.count('validation accuracy') == 1, 'both processes reported'

@@ -7,6 +7,7 @@ __all__ = ['RECIPES', 'ReverseDataset', 'ReversePredictor', 'ReverseSettings', '
            'train_reverse', 'evaluate_published', 'main']
 
 # %% ../nbs/10_reverse.ipynb #ccac3cc1
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -291,3 +292,4 @@ def main(
     print(f'checkpoint: {show_path(checkpoint)}')
     print(f'result: {show_path(result)}')
     print(f'attention map: {show_path(picture)}')
+    print(f'all in all: {time.perf_counter() - options.started:.1f} s')
