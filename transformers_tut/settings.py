@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
-# %% ../nbs/92_settings.ipynb #c66719be
+# %% ../nbs/92_settings.ipynb #4b76c88b
 def _plain(
     name: str,  # of the field, for the message
     value,  # what was given
@@ -50,6 +50,7 @@ class Settings:
     # without annotations, so these are no fields; random generators take 32 bits everywhere
     smallest = {}
     largest = {'seed': 2**32 - 1}
+    later = ()
 
     def __post_init__(self):
         for f in fields(self):
@@ -62,12 +63,16 @@ class Settings:
                 raise ValueError(f'{f.name} must be at most {largest}, got {value}')
             object.__setattr__(self, f.name, value)
 
-# %% ../nbs/92_settings.ipynb #7fc0c3ed
+# %% ../nbs/92_settings.ipynb #bdabb7d0
 def run_name(
     settings: Settings,  # what the run is made from
 ) -> str:  # the same for the same settings, on any machine
     "A short name for a run, made from its settings."
-    text = json.dumps(asdict(settings), sort_keys=True)
+    values = asdict(settings)
+    for f in fields(settings):
+        if f.name in settings.later and values[f.name] == f.default:
+            del values[f.name]
+    text = json.dumps(values, sort_keys=True)
     return f'run-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
 # %% ../nbs/92_settings.ipynb #3452451b
