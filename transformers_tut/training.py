@@ -271,11 +271,15 @@ class TaskData(pl.LightningDataModule):
         self.train_dataloader()
 
 # %% ../nbs/93_training.ipynb #91890f3a
-class _SeedEpochs(pl.Callback):
-    "Seed the random numbers of each epoch, by run, epoch and process; tell the data the epoch."
+class _Epochs(pl.Callback):
+    "Begin each epoch with random numbers of its own, and end it with a checkpoint."
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(
+        self,
+        seed: int,  # of the run
+        last: Path,  # the checkpoint
+    ):
+        self.seed, self.last = seed, last
 
     def on_train_epoch_start(self, trainer, pl_module):
         epoch = trainer.current_epoch
@@ -284,6 +288,9 @@ class _SeedEpochs(pl.Callback):
         train = trainer.datamodule.sets['train']
         if hasattr(train, 'set_epoch'):
             train.set_epoch(epoch)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.last)
 
 # %% ../nbs/93_training.ipynb #50ace9f4
 def _terminate(signum, frame):
@@ -433,18 +440,18 @@ def make_trainer(
     **kwargs,  # further arguments of `pl.Trainer`
 ) -> pl.Trainer:  # keeps the best validation by `val_acc`, and the last epoch
     "A Lightning trainer that leaves `best.ckpt` and `last.ckpt`."
-    common = {'dirpath': folder, 'enable_version_counter': False}
     best = ModelCheckpoint(
+        folder,
         filename='best',
         monitor='val_acc',
         mode='max',
         save_weights_only=True,
         save_on_train_epoch_end=False,
-        **common,
+        enable_version_counter=False,
     )
-    last = ModelCheckpoint(filename='last', save_on_train_epoch_end=True, **common)
+    epochs = _Epochs(seed, folder / 'last.ckpt')
     args = trainer_args(machine, folder)
-    callbacks = [*args.pop('callbacks'), _SeedEpochs(seed), best, last]
+    callbacks = [*args.pop('callbacks'), epochs, best]
     if stop_at is not None:
         callbacks.append(_StopAt(stop_at))
     if machine.progress and not _has_a_screen():
