@@ -223,3 +223,13 @@ def test_runs_trained_earlier_are_found_again():
     assert run_name(ReverseSettings(lr=5e-3, epochs=2)) == 'run-b368f809'
     assert run_name(AnomalySettings()) == 'run-61c9e5e2'
     assert run_name(fast) == 'run-89b3b3c5'
+
+
+@pytest.mark.parametrize('task', ['reverse', 'anomaly', 'speed'])
+def test_help_says_something_about_each_option(task, capsys):
+    main = importlib.import_module(f'transformers_tut.{task}').main
+    assert main(['--help']) == 0
+    out, err = capsys.readouterr()
+    # a formatter that puts a field's comment into brackets hides it from the help
+    assert re.findall(r'--[\w-]+(?: [A-Z]+)? \(default', unboxed(out)) == []
+    assert '--out-dir' in out and err == ''
