@@ -61,7 +61,9 @@ def tasks():
     """A model, its naive logits, and eight items, in float64, where rounding plays no part."""
     features = torch.randn(100, 512, dtype=torch.float64)
     sets = SetAnomalyDataset(features, torch.arange(100) % 5)
-    settings = AnomalySettings(dropout=0.0, input_dropout=0.0)
+    settings = AnomalySettings(
+        model_dim=64, num_layers=2, dropout=0.0, input_dropout=0.0
+    )
     yield anomaly_model(settings, 512), speed._naive_anomaly, sets
     sequences = reverse_data(ReverseSettings(train_size=128)).sets['train']
     yield reverse_model(ReverseSettings()), speed._naive_reverse, sequences
@@ -115,6 +117,16 @@ def test_multiplications_of_the_four_layers_are_those_that_pytorch_counts(n):
             with FlopCounterMode(display=False) as counter:
                 layer(x)
             assert counter.get_total_flops() == 2 * count(n), name
+
+
+def test_restricted_attention_sees_its_block_and_the_one_before():
+    x = torch.randn(2, 128, 8)
+    apart = torch.arange(128)[:, None] // 32 - torch.arange(128) // 32
+    scores = (x @ x.transpose(1, 2) / 8**0.5).masked_fill(
+        (apart != 0) & (apart != 1), -torch.inf
+    )
+    expected = scores.softmax(-1) @ x
+    assert_close(speed._restricted_attention(x)[:, 32:], expected[:, 32:])
 
 
 def test_mfu_is_a_share():

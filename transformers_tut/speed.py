@@ -77,18 +77,16 @@ def _linear_cost(n, d_in, d_out, first=False):
     flops = 2 * n * d_in * d_out
     return Cost(d_in * d_out + d_out, flops, (2 if first else 3) * flops, 4 * n * d_in)
 
-# %% ../nbs/20_speed.ipynb #904ae174
+# %% ../nbs/20_speed.ipynb #5822f02b
 def _norm_cost(n, width):
     "A layer norm for n elements."
     return Cost(2 * width, 0, 0, 4 * n * (width + 2))
 
-
+# %% ../nbs/20_speed.ipynb #b7ff3198
 def _attention_cost(B, T, D, H):
     "The products of fused attention, without its projections."
     product = 2 * B * T * T * D
-    kept = (
-        3 * D + H
-    )  # q, k, v, and a number for each row; the answer is the next layer's
+    kept = 3 * D + H  # q, k, v, and a number for each row
     return Cost(0, 2 * product, 7 * product, 4 * B * T * kept)
 
 # %% ../nbs/20_speed.ipynb #2d2f07d7
@@ -138,7 +136,7 @@ def predictor_cost(
     )  # and the ReLU's output before it
     return _linear_cost(N, h.input_dim, D, first=True) + encoder + out + masks
 
-# %% ../nbs/20_speed.ipynb #df2fdb8a
+# %% ../nbs/20_speed.ipynb #1b0f8fd6
 def _plot_length(
     rows: pd.DataFrame,  # of _length_rows
 ) -> Figure:  # time left, memory right
@@ -164,7 +162,7 @@ def _restricted_attention(x, block=32):
     scores = blocks @ keys.transpose(-2, -1) / x.shape[-1] ** 0.5
     return (scores.softmax(-1) @ keys).flatten(1, 2)  # [B, n, d]
 
-# %% ../nbs/20_speed.ipynb #ee0e52f1
+# %% ../nbs/20_speed.ipynb #83ad2c9c
 def _layers(d, k=3, r=64):
     "The four layers, each with its multiplications as a function of n."
     rnn, conv = nn.RNN(d, d, batch_first=True), nn.Conv1d(d, d, k, padding=k // 2)
@@ -185,7 +183,7 @@ def _layers(d, k=3, r=64):
         ),
     }
 
-# %% ../nbs/20_speed.ipynb #cd4cca9d
+# %% ../nbs/20_speed.ipynb #01820078
 def _plot_layers(
     rows: pd.DataFrame,  # of _layer_rows
 ) -> Figure:  # time left, memory right
@@ -211,7 +209,7 @@ def _plot_layers(
     axes[1].legend_.remove()
     return fig
 
-# %% ../nbs/20_speed.ipynb #6c548b19
+# %% ../nbs/20_speed.ipynb #e605d543
 def _plot_steps(
     rows: pd.DataFrame,  # of _step_rows
 ) -> Figure:  # one panel for each task
@@ -259,7 +257,7 @@ def _mfu_rows(
         )
     return rows
 
-# %% ../nbs/20_speed.ipynb #00b7408d
+# %% ../nbs/20_speed.ipynb #c94b4f69
 def _mixed_step(run, optimizer, x, dtype):
     "A training step, in `dtype` where products are concerned."
     optimizer.zero_grad()
@@ -282,7 +280,7 @@ class _NaiveAttention(MultiheadAttention):
         out = self.o_proj((attention @ v).transpose(1, 2).flatten(2))
         return (out, attention) if return_attention else out
 
-
+# %% ../nbs/20_speed.ipynb #0546b28b
 def _naive_twin(model):
     "A copy with the same weights, that computes with them in the plain way."
     plain = {MultiheadAttention: _NaiveAttention, Dropout: nn.Dropout}
@@ -292,7 +290,7 @@ def _naive_twin(model):
         module.__class__ = plain.get(type(module), type(module))
     return twin
 
-# %% ../nbs/20_speed.ipynb #23eeebbb
+# %% ../nbs/20_speed.ipynb #23f30c26
 def _length_rows(powers, rounds=5):
     "Time and peak memory of attention at lengths 2**power: rows for the study."
     ours = MultiheadAttention(256, 256, 4).requires_grad_(False)
@@ -315,7 +313,7 @@ def _layer_rows(powers, rounds=5, d=64):
         row | dict(multiplications=layers[row['layer']][1](row['n'])) for row in rows
     ]
 
-# %% ../nbs/20_speed.ipynb #8f3d084b
+# %% ../nbs/20_speed.ipynb #0e6cf781
 def _rows_by_size(size, kind, powers, width, calls, rounds):
     "Each call on [1, n, width], with one thread: a row for each round."
     rows = []
@@ -330,7 +328,7 @@ def _rows_by_size(size, kind, powers, width, calls, rounds):
                 rows.append({size: n, kind: name, 'ms': 1e3 * took, 'MB': memory[name]})
     return rows
 
-# %% ../nbs/20_speed.ipynb #9e2c5f3a
+# %% ../nbs/20_speed.ipynb #77c92c70
 def _forward(call, *args, **kwargs):
     "A call without gradients."
 
@@ -340,12 +338,12 @@ def _forward(call, *args, **kwargs):
 
     return run
 
-
+# %% ../nbs/20_speed.ipynb #08f59dba
 def _both_ways(call, x, **kwargs):
     "A forward and a backward pass."
     return lambda: call(x.detach().requires_grad_(), **kwargs).sum().backward()
 
-# %% ../nbs/20_speed.ipynb #df846134
+# %% ../nbs/20_speed.ipynb #ab80a0b2
 def _peers(ours, x, causal=False):
     "Modules of others, as functions of x: PyTorch's, and x-transformers' where it is installed."
     theirs, T = to_torch(ours), x.shape[1]
@@ -365,55 +363,59 @@ def _peers(ours, x, causal=False):
     other = Attention(dim, causal=causal, flash=True, **size)
     return peers | {'x-transformers': other}
 
-# %% ../nbs/20_speed.ipynb #11dc481f
-def _attention_rows(quick):
-    "Attention, long and short, with its masks."
-    T, long, rounds = (256, 512, 2) if quick else (2048, 8192, 7)
-    ours = MultiheadAttention(256, 256, 4)
-    naive, x, causal = (
-        _naive_twin(ours),
-        torch.randn(1, T, 256),
-        torch.ones(T, T).tril(),
-    )
-    projections = _linear_cost(T, 256, 768) + _linear_cost(T, 256, 256)
-    products = _attention_cost(1, T, 256, 4)
-    masked = partial(ours, is_causal=True)
-    for way, part in [(_forward, 'forward_flops'), (_both_ways, 'training_flops')]:
-        words = 'forward' if way is _forward else 'both ways'
-        rest, square = getattr(projections, part), getattr(products, part)
-        peers = {name: way(peer, x) for name, peer in _peers(ours, x).items()}
-        yield compare(
-            f'attention, T = {T}, {words}',
-            {'naive': way(naive, x), 'ours': way(ours, x), **peers},
-            flops=rest + square,
-            rounds=rounds,
-            **(dict(share=0.85, ratio=1) if way is _forward else {}),
-        )
-        peers = {
-            name: way(peer, x) for name, peer in _peers(ours, x, causal=True).items()
-        }
-        yield compare(
-            f'attention, T = {T}, causal, {words}',
-            {'naive': way(naive, x, mask=causal), 'ours': way(masked, x), **peers},
-            flops=rest + square / 2,
-            rounds=rounds,
-            share=0.8 if way is _forward else 0.7,
-            ratio=1,
-        )
-    xs = torch.randn(1, long, 256)
-    models = {'naive': naive, 'ours': ours, 'torch.nn': _peers(ours, xs)['torch.nn']}
+# %% ../nbs/20_speed.ipynb #32b113ea
+def _long_rows(quick):
+    "Attention on a long sequence: without and with a causal mask, forwards and both ways."
+    model = MultiheadAttention(256, 256, 4)
+    x = torch.randn(1, 256 if quick else 2048, 256)
+    goals = {
+        (False, False): 0.85,
+        (True, False): 0.8,
+        (True, True): 0.7,
+    }  # shares hoped for
+    for causal in (False, True):
+        for both in (False, True):
+            share = goals.get((causal, both))
+            goal = {} if share is None else dict(share=share, ratio=1)
+            yield _long_row(model, x, causal, both, rounds=2 if quick else 7, **goal)
+
+
+def _long_row(model, x, causal, both, **options):
+    "One line: naive, ours and peers, and the arithmetic that there is."
+    T, part = x.shape[1], 'training_flops' if both else 'forward_flops'
+    mask = torch.ones(T, T).tril() if causal else None
+    calls = {'naive': partial(_naive_twin(model), mask=mask)}
+    calls |= {'ours': partial(model, is_causal=causal)} | _peers(model, x, causal)
+    weights = _linear_cost(T, 256, 768) + _linear_cost(T, 256, 256)
+    products = getattr(_attention_cost(1, T, 256, 4), part)
+    flops = getattr(weights, part) + (products / 2 if causal else products)
+    way = _both_ways if both else _forward
+    words = ', '.join(['causal'] * causal + ['both ways' if both else 'forward'])
+    variants = {name: way(call, x) for name, call in calls.items()}
+    return compare(f'attention, T = {T}, {words}', variants, flops=flops, **options)
+
+# %% ../nbs/20_speed.ipynb #03e7ed77
+def _memory_rows(quick):
+    "The peak memory of attention on a very long sequence."
+    T = 512 if quick else 8192
+    ours, x = MultiheadAttention(256, 256, 4), torch.randn(1, T, 256)
+    models = {
+        'naive': _naive_twin(ours),
+        'ours': ours,
+        'torch.nn': _peers(ours, x)['torch.nn'],
+    }
 
     def peak(model):
-        return lambda: peak_memory(_forward(model, xs)) / 1e6
+        return lambda: peak_memory(_forward(model, x)) / 1e6
 
     variants = {name: peak(model) for name, model in models.items()}
-    variants['q, k, v, answer'] = lambda: 4 * long * 4 * 256 / 1e6
+    variants['q, k, v, answer'] = lambda: 4 * T * 4 * 256 / 1e6
     rest = dict(unit='MB', timed=False, rounds=1)
     yield compare(
-        f'attention, T = {long}, memory', variants, limit='q, k, v, answer', **rest
+        f'attention, T = {T}, memory', variants, limit='q, k, v, answer', **rest
     )
 
-# %% ../nbs/20_speed.ipynb #57111c48
+# %% ../nbs/20_speed.ipynb #b77e77e1
 def _masked_rows(quick):
     "Causal and padding masks together, and short sequences, where there is little to gain."
     rounds = 2 if quick else 7
@@ -470,7 +472,7 @@ class _NaiveSets(Dataset):
         members = torch.cat([self.companions(self.labels[i]), torch.tensor([i])])
         return self.features[members], members, self.set_size - 1
 
-# %% ../nbs/20_speed.ipynb #2886bc4f
+# %% ../nbs/20_speed.ipynb #81cd6b90
 def _set_rows(quick):
     "Sets in batches, one by one, and all at once."
     N, rounds = (2000, 2) if quick else (45_000, 7)
@@ -489,23 +491,27 @@ def _set_rows(quick):
     alone = cycle(torch.randint(N, (1000,)).tolist())
     variants = {'naive': lambda: naive[next(alone)], 'ours': lambda: ours[next(alone)]}
     yield compare('a set, read at random', variants, rounds=rounds, most=0.2)
-    n = 10_000 if not quick else 400
-    rest, other = features[:n], torch.arange(n) % (100 if not quick else 10)
-    plain = _NaiveSets(rest, other)
-    variants = {
-        'naive': lambda: torch.stack([plain.companions(label) for label in other]),
-        'ours': lambda: SetAnomalyDataset(rest, other, train=False)[0],
-    }
-    yield compare(f'{n:,} fixed sets', variants, rounds=min(rounds, 3))
 
-# %% ../nbs/20_speed.ipynb #f470e9a4
+# %% ../nbs/20_speed.ipynb #5ba1d26d
+def _fixed_set_rows(quick):
+    "The sets of an evaluation, all drawn at once."
+    n = 400 if quick else 10_000
+    features, labels = torch.randn(n, 512), torch.arange(n) % (10 if quick else 100)
+    naive = _NaiveSets(features, labels)
+    variants = {
+        'naive': lambda: torch.stack([naive.companions(label) for label in labels]),
+        'ours': lambda: SetAnomalyDataset(features, labels, train=False)[0],
+    }
+    yield compare(f'{n:,} fixed sets', variants, rounds=2 if quick else 3)
+
+# %% ../nbs/20_speed.ipynb #ceeae8c5
 def _image_rows(quick):
     "A frozen ResNet34 and its preprocessing."
     from PIL import Image
     from torchvision import transforms
     from torchvision.models import resnet34
 
-    images, rounds = (2, 2) if quick else (16, 5)
+    images, rounds = (1, 1) if quick else (16, 5)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
     pictures = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
     as_pil = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures]
@@ -550,11 +556,11 @@ class _NaiveTraining(pl.LightningModule):
         self.log('train_acc', (logits.argmax(-1) == targets).float().mean())
         return loss
 
-# %% ../nbs/20_speed.ipynb #3f560d04
+# %% ../nbs/20_speed.ipynb #b4f0d88a
 def _adam(model, **kwargs):
     return torch.optim.Adam(model.parameters(), lr=model.hparams.lr, **kwargs)
 
-
+# %% ../nbs/20_speed.ipynb #d1ea2073
 def _naive_reverse(model, batch):
     "Logits and targets with one-hot vectors made by PyTorch's function."
     sequence, reversal = batch
@@ -565,7 +571,7 @@ def _naive_reverse(model, batch):
 def _naive_anomaly(model, batch):
     return model(batch[0], add_positional_encoding=False).squeeze(-1), batch[2]
 
-# %% ../nbs/20_speed.ipynb #8e70c62d
+# %% ../nbs/20_speed.ipynb #1987bde2
 class _StepTimes(pl.Callback):
     "Notes when each step starts."
 
@@ -575,7 +581,7 @@ class _StepTimes(pl.Callback):
     def on_train_batch_start(self, *unused):
         self.starts.append(time.perf_counter())
 
-
+# %% ../nbs/20_speed.ipynb #b2caa117
 def _lightning_step(module, loader, steps, clip):
     "Train for some steps on the CPU: the median milliseconds of one."
     times = _StepTimes()
@@ -599,7 +605,7 @@ def _lightning_step(module, loader, steps, clip):
         trainer.fit(module, loader)
     return 1e3 * median(b - a for a, b in zip(times.starts[3:], times.starts[4:]))
 
-# %% ../nbs/20_speed.ipynb #0318ebf1
+# %% ../nbs/20_speed.ipynb #a3417cb6
 @dataclass
 class _Task:
     "A training job: a model, and its data and what it computes, ours and naive."
@@ -626,7 +632,7 @@ class _Task:
         parts = _plain_steps(self, way)
         return median(sum(next(parts).values()) for _ in range(steps + 3))
 
-# %% ../nbs/20_speed.ipynb #ea81ad14
+# %% ../nbs/20_speed.ipynb #ac3b7c08
 def _tasks(quick=False):
     "The training steps of both tasks, with their published settings."
     s, a = ReverseSettings(train_size=2000 if quick else 50_000), AnomalySettings()
@@ -659,7 +665,7 @@ def _tasks(quick=False):
         ),
     ]
 
-# %% ../nbs/20_speed.ipynb #84dec58f
+# %% ../nbs/20_speed.ipynb #066a8613
 _PARTS = ['data', 'forward and loss', 'backward', 'clipping', 'Adam']
 
 
@@ -668,23 +674,7 @@ def _plain_steps(
     way: str,  # 'ours' or 'naive'
 ) -> Iterator[dict[str, float]]:  # milliseconds of each part, step after step
     "Train in a plain loop, without Lightning, and yield what each step took."
-    if way == 'ours':
-        model, loader, loss_of = (
-            copy.deepcopy(task.model),
-            task.loader,
-            CrossEntropyLoss(),
-        )
-        logits_and_targets, optimizer = (
-            model.logits_and_targets,
-            _adam(model, fused=True),
-        )
-    else:
-        model, loader, loss_of = (
-            _naive_twin(task.model),
-            task.naive_loader,
-            F.cross_entropy,
-        )
-        logits_and_targets, optimizer = partial(task.naive_logits, model), _adam(model)
+    model, loader, logits_and_targets, loss_of, optimizer = _ways(task)[way]
     schedule = CosineWarmupScheduler(optimizer, model.hparams.warmup, 10_000)
     batches = chain.from_iterable(iter(lambda: iter(loader), None))  # epoch after epoch
     while True:
@@ -703,7 +693,18 @@ def _plain_steps(
         marks.append(time.perf_counter())
         yield {part: 1e3 * (b - a) for part, a, b in zip(_PARTS, marks, marks[1:])}
 
-# %% ../nbs/20_speed.ipynb #6e4bb94f
+# %% ../nbs/20_speed.ipynb #2143b58e
+def _ways(task):
+    "Model, batches, logits, loss and optimizer of both ways."
+    ours, naive = copy.deepcopy(task.model), _naive_twin(task.model)
+    logits = partial(task.naive_logits, naive)
+    adam, fused = _adam(naive), _adam(ours, fused=True)
+    return {
+        'ours': (ours, task.loader, ours.logits_and_targets, CrossEntropyLoss(), fused),
+        'naive': (naive, task.naive_loader, logits, F.cross_entropy, adam),
+    }
+
+# %% ../nbs/20_speed.ipynb #bfed588a
 def _step_rows(quick=False):
     "The parts of a step, and what Lightning adds to their sum: rows for the study."
     rows = []
@@ -714,7 +715,7 @@ def _step_rows(quick=False):
                 rows += _round_of_steps(task, steps)
     return rows
 
-# %% ../nbs/20_speed.ipynb #38c2071d
+# %% ../nbs/20_speed.ipynb #42946f50
 def _thread_rows(quick=False):
     "A step in a plain loop with one and with two threads: rows for the study."
     rows = []
@@ -725,12 +726,12 @@ def _thread_rows(quick=False):
             rows += [dict(task=task.name, threads=n, ms=1e3 * t) for t in samples]
     return rows
 
-
+# %% ../nbs/20_speed.ipynb #ac0321ec
 def _with_threads(n, steps):
     with threads(n):
         next(steps)
 
-# %% ../nbs/20_speed.ipynb #001d8a4f
+# %% ../nbs/20_speed.ipynb #03fdacc3
 def _round_of_steps(task, steps):
     "Both ways in turns, step by step; then whole steps in Lightning."
     running = {way: _plain_steps(task, way) for way in ('naive', 'ours')}
@@ -748,10 +749,10 @@ def _round_of_steps(task, steps):
         ]
     return rows
 
-# %% ../nbs/20_speed.ipynb #31b4f2d7
+# %% ../nbs/20_speed.ipynb #119f7e65
 def _training_rows(quick):
     "Steps of both tasks, in Lightning and in a plain loop."
-    rounds = 2 if quick else 5
+    rounds = 1 if quick else 5
     for task, share in zip(_tasks(quick), (1 / 1.10, 1 / 1.03)):
         steps = 6 if quick else 60 if task.name == 'reverse' else 15
         cost = predictor_cost(task.model, task.loader.batch_size, task.seq_len)
@@ -775,7 +776,7 @@ def _training_rows(quick):
             share=share,
         )
 
-# %% ../nbs/20_speed.ipynb #9a188d05
+# %% ../nbs/20_speed.ipynb #d66fbf41
 def _command_rows(quick):
     "The whole command `tut_reverse`, in a process of its own, as a user would call it."
     if quick:
@@ -801,11 +802,11 @@ def _seconds_of(code, *args):
     subprocess.run([sys.executable, '-c', code, *args], check=True, capture_output=True)
     return time.perf_counter() - start
 
-# %% ../nbs/20_speed.ipynb #ed287152
+# %% ../nbs/20_speed.ipynb #4ef7516e
 def _table_rows(quick=False):
     "All lines of the table, with one thread."
-    groups = [_attention_rows, _masked_rows, _set_rows, _image_rows, _training_rows]
-    groups.append(_command_rows)
+    groups = [_long_rows, _memory_rows, _masked_rows, _set_rows, _fixed_set_rows]
+    groups += [_image_rows, _training_rows, _command_rows]
     with threads(1), torch.random.fork_rng(devices=[]):
         return [row for group in groups for row in group(quick)]
 
