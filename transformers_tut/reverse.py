@@ -56,8 +56,7 @@ class ReverseDataset(Dataset):
         seq_len: int,  # T, symbols in a sequence
         size: int,  # number of sequences
         *,
-        seed: int
-        | None = None,  # with the sizes, decides the symbols; None: drawn anew
+        seed: int | None = None,  # decides the data, with the sizes; None: drawn anew
     ):
         self.num_categories = check_int('num_categories', num_categories)
         self.seq_len = check_int('seq_len', seq_len)
