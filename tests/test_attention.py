@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
+from transformers_tut import attention
 from transformers_tut.attention import (
     MultiheadAttention,
     from_torch,
@@ -113,7 +114,7 @@ def test_the_smallest_score_beats_a_masked_one():
 @pytest.mark.parametrize('f', [explicit, fused_attention])
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision(g, f, causal, dtype):
+def test_half_precision(g, way, f, causal, dtype):
     masks = dict(key_padding_mask=torch.tensor(PAD), is_causal=causal)
     q, k, v = qkv(g, 4, 2, d=16, d_v=16)
     exact = explicit(q, k, v, **masks)
@@ -159,8 +160,21 @@ def forms(g):
     ]
 
 
+@pytest.fixture(params=['kernel', 'vectors', 'wider vectors'])
+def way(request, monkeypatch):
+    "The ways in which a causal mask and padding are put together: on a CPU, traced, on a GPU."
+    if request.param != 'kernel':
+        monkeypatch.setattr(attention, '_cpu_kernel_fits', lambda *_: False)
+    if request.param == 'wider vectors':
+        vectors = attention._padding_in_vectors
+        monkeypatch.setattr(
+            attention, '_padding_in_vectors', lambda *args: vectors(*args[:-1], 8)
+        )
+    return request.param
+
+
 @pytest.mark.parametrize('backend', [None, SDPBackend.MATH])
-def test_fused_is_explicit(g, backend):
+def test_fused_is_explicit(g, way, backend):
     kernels = [backend] if backend else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     q, k, v = qkv(g, 4, 3)
     for form in forms(g):
@@ -175,7 +189,7 @@ def test_fused_is_explicit(g, backend):
 @pytest.mark.parametrize(
     'sizes', [dict(), dict(Tq=9), dict(Tq=3), dict(d_v=6), dict(d=1, d_v=1)]
 )
-def test_causal_and_padded(g, lead, sizes):
+def test_causal_and_padded(g, way, lead, sizes):
     masks = dict(key_padding_mask=torch.tensor(PAD), is_causal=True)
     inputs = qkv(g, *lead, **sizes)
     plain = with_grads(explicit, *inputs, **masks)
@@ -183,7 +197,7 @@ def test_causal_and_padded(g, lead, sizes):
     assert_close(fused, plain, **CLOSE)
 
 
-def test_causal_and_padded_ignores_what_padding_holds(g):
+def test_causal_and_padded_ignores_what_padding_holds(g, way):
     pad = torch.tensor(PAD).bool()
     hidden = ~pad[:, None, :, None]
     q, k, v = qkv(g, 4, 2)
@@ -199,7 +213,7 @@ def test_causal_and_padded_ignores_what_padding_holds(g):
 
 
 @pytest.mark.parametrize('T', [300, 1024])
-def test_no_matrix_of_weights_is_kept(g, T):
+def test_no_matrix_of_weights_is_kept(g, way, T):
     pad = (torch.arange(T) < T - 9)[None]
     mask = torch.ones(T, T, dtype=torch.bool)
 
@@ -218,14 +232,14 @@ def test_no_matrix_of_weights_is_kept(g, T):
     assert largest_saved(explicit) == T * T
     assert largest_saved(fused_attention) == T * 8
     assert largest_saved(fused_attention, is_causal=True) == T * 8
-    assert (
-        largest_saved(fused_attention, key_padding_mask=pad) == T * 8
-    )  # it stays [B, 1, 1, T]
-    assert largest_saved(fused_attention, key_padding_mask=pad, is_causal=True) == T * 9
+    padded = largest_saved(fused_attention, key_padding_mask=pad)
+    assert padded == T * 8  # the mask stays [B, 1, 1, T]
+    both = largest_saved(fused_attention, key_padding_mask=pad, is_causal=True)
+    assert both == T * {'kernel': 8, 'vectors': 9, 'wider vectors': 16}[way]
     assert largest_saved(fused_attention, mask=mask) == T * T  # given by the caller
 
 
-def test_causal_and_padded_builds_no_matrix(g):
+def test_causal_and_padded_builds_no_matrix(g, way):
     "Not even for a moment: no tensor of the forward pass is as large as [T, T]."
     T = 512
     sizes = []
@@ -244,7 +258,7 @@ def test_causal_and_padded_builds_no_matrix(g):
     pad = torch.arange(T) < torch.tensor([[T], [40]])
     with Watch():
         fused_attention(*inputs, key_padding_mask=pad, is_causal=True)
-    assert max(sizes) == 2 * T * 9
+    assert max(sizes) == 2 * T * {'kernel': 8, 'vectors': 9, 'wider vectors': 16}[way]
 
 
 # Second derivatives and forward mode

@@ -170,25 +170,55 @@ def fused_attention(
     if mask is None and key_padding_mask is None:
         return kernel(q, k, v, is_causal=is_causal)
     if mask is None and is_causal:
-        return _causal_padded(kernel, q, k, v, key_padding_mask)
+        return _causal_padded(q, k, v, key_padding_mask, dropout_p)
     mask = _combine_masks(q, k, mask, key_padding_mask, is_causal)
     values = kernel(q, k, v, _open_empty_rows(mask))
     return values.masked_fill(~mask.any(-1, keepdim=True), 0)
 
-# %% ../nbs/00_attention.ipynb #94b60d26
-def _causal_padded(kernel, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-    "Causal attention; one more number in each vector tells real keys from padding."
-    pad = _read_padding(pad, (*q.shape[:-1], k.shape[-2]), q.device)
-    hidden = ~pad.transpose(-2, -1)  # [B, 1, Tk, 1]
+# %% ../nbs/00_attention.ipynb #84c70153
+def _padding_in_vectors(q, k, v, hidden, dropout_p: float, more: int) -> Tensor:
+    "Causal attention in which `more` numbers in each vector tell real keys from padding."
     far = 2.0**15  # every floating type has it
-    more = 1 if q.device.type == 'cpu' else 8  # GPU kernels want multiples of 8
-    scale = q.shape[-1] ** -0.5
     mark = torch.zeros_like(k[..., :1]).masked_fill(hidden, -far)  # [..., Tk, 1]
     mark = mark.expand(*k.shape[:-1], more)
-    q = F.pad(q, (0, more), value=far)  # [..., Tq, d_k + more]
-    k = torch.cat([k.masked_fill(hidden, 0), mark], -1)  # [..., Tk, d_k + more]
-    v = F.pad(v.masked_fill(hidden, 0), (0, more))  # [..., Tk, d_v + more]
-    return kernel(q, k, v, is_causal=True, scale=scale)[..., :-more]
+    q_marked = F.pad(q, (0, more), value=far)  # [..., Tq, d_k + more]
+    k_marked = torch.cat([k.masked_fill(hidden, 0), mark], -1)  # [..., Tk, d_k + more]
+    v_padded = F.pad(v, (0, more))  # kernels want one width
+    scale = q.shape[-1] ** -0.5
+    values = F.scaled_dot_product_attention(
+        q_marked, k_marked, v_padded, dropout_p=dropout_p, is_causal=True, scale=scale
+    )
+    return values[..., :-more]  # [..., Tq, d_v]
+
+# %% ../nbs/00_attention.ipynb #93f32466
+def _causal_padded(q, k, v, key_padding_mask: Tensor, dropout_p: float) -> Tensor:
+    "Causal attention to keys that are not padding, without a mask [Tq, Tk]."
+    shape = (*q.shape[:-1], k.shape[-2])
+    pad = ~_read_padding(key_padding_mask, shape, q.device)  # [B, 1, 1, Tk]
+    hidden = pad.transpose(-2, -1)  # [B, 1, Tk, 1]
+    v = v.masked_fill(hidden, 0)
+    if _cpu_kernel_fits(q, k, v, dropout_p):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        bias = torch.zeros(pad.shape, dtype=dtype).masked_fill(pad, -1e38)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, is_causal=True, attn_mask=bias)[0]
+    more = 1 if q.device.type == 'cpu' else 8  # GPU kernels want multiples of 8
+    return _padding_in_vectors(q, k, v, hidden, dropout_p, more)
+
+
+def _cpu_kernel_fits(q, k, v, dropout_p: float) -> bool:
+    "Whether PyTorch would choose its fused kernel for CPUs, and nothing is to be traced or cast."
+    return (
+        q.device.type == 'cpu'
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled('cpu')
+        and torch.backends.cuda.flash_sdp_enabled()  # what `sdpa_kernel` switches
+        and dropout_p == 0
+        and q.ndim == 4
+        and q.numel() > 0
+        and q.shape[-1] == v.shape[-1]
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    )
 
 # %% ../nbs/00_attention.ipynb #8baf8abd
 class MultiheadAttention(nn.Module):
@@ -260,7 +290,7 @@ class MultiheadAttention(nn.Module):
 @singledispatch
 def to_torch(
     module: nn.Module,  # one of this library's modules
-) -> nn.Module:  # the `torch.nn` module with copies of the weights
+) -> nn.Module:  # the torch.nn module with copies of the weights
     "The `torch.nn` twin of a module, with its weights, dropout and mode."
     raise TypeError(
         f'to_torch takes a MultiheadAttention or an EncoderBlock, got {type(module).__name__}'
@@ -269,7 +299,7 @@ def to_torch(
 
 @singledispatch
 def from_torch(
-    module: nn.Module,  # a `torch.nn.MultiheadAttention` or `TransformerEncoderLayer`
+    module: nn.Module,  # a torch.nn.MultiheadAttention or TransformerEncoderLayer
 ) -> nn.Module:  # this library's module with copies of the weights
     "The twin of a `torch.nn` module, with its weights, dropout and mode."
     raise TypeError(
