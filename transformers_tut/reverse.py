@@ -149,6 +149,8 @@ class ReverseSettings(Settings):
         validations=1,
         seed=0,
     )
+    # at their defaults these leave the name of a run as it was before they came
+    later = ('validations', 'stop_when_perfect')
 
 
 RECIPES = {
