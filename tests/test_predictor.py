@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 from transformers_tut.predictor import TransformerPredictor
+from transformers_tut.training import quiet
 
 ARGS = dict(input_dim=10, model_dim=32, num_classes=7, num_heads=2, num_layers=2)
 ARGS |= dict(lr=5e-4, warmup=50, max_iters=1000)
@@ -63,3 +66,30 @@ def test_features_of_any_precision_are_taken(dtype):
     model, x = build().eval(), torch.randn(2, 5, 10).to(dtype)
     torch.testing.assert_close(model(x), model(x.float()))
     assert model.double()(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize('precision, fused', [('32-true', True), ('bf16-mixed', None)])
+def test_adam_is_fused_where_gradients_can_be_clipped_all_the_same(precision, fused):
+    class Task(TransformerPredictor):
+        def logits_and_targets(self, batch):
+            logits = self(batch).flatten(0, 1)
+            return logits, torch.zeros(len(logits), dtype=torch.long)
+
+    model, data = Task(**ARGS), DataLoader(torch.randn(16, 5, 10), 8)
+    off = [
+        'logger',
+        'enable_progress_bar',
+        'enable_model_summary',
+        'enable_checkpointing',
+    ]
+    with quiet():
+        trainer = pl.Trainer(
+            accelerator='cpu',
+            precision=precision,
+            max_epochs=1,
+            gradient_clip_val=1.0,
+            **dict.fromkeys(off, False),
+        )
+        trainer.fit(model, data, data)
+    assert trainer.optimizers[0].defaults['fused'] is fused
+    assert trainer.callback_metrics['val_loss'].isfinite()

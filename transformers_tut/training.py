@@ -372,7 +372,7 @@ class _LogFigures(pl.Callback):
             board = trainer.logger.experiment
             board.add_figure('example', figure, trainer.current_epoch, close=True)
 
-# %% ../nbs/93_training.ipynb #cba1d809
+# %% ../nbs/93_training.ipynb #11949f1d
 class _Lines(pl.Callback):
     "About ten lines for a whole training, on stderr."
 
@@ -382,9 +382,7 @@ class _Lines(pl.Callback):
             trainer.should_stop or epoch == last or epoch % max(1, last // 10) == 0
         ):
             accuracy = trainer.callback_metrics['val_acc']
-            message = (
-                f'epoch {epoch} of {last}: validation accuracy {100 * accuracy:.2f} %'
-            )
+            message = f'epoch {epoch} of {last}: validation accuracy {accuracy:.4f}'
             print(message, file=sys.stderr, flush=True)
 
 
