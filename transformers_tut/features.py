@@ -20,9 +20,11 @@ import time
 import types
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import resources
 from io import StringIO
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytorch_lightning as pl
@@ -439,6 +441,8 @@ def _load_features(
     "Read features; `ValueError` for a file that is damaged, or made from something else."
     try:
         content = torch.load(path, 'cpu', weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError('a feature file holds a dictionary')
         features, found = content['features'], content['key']
         whole = digest([features]) == content['sha256']
         other = [
@@ -904,9 +908,10 @@ def _offline_advice(
     url: str,  # what is fetched inside
 ):
     "Let every failure of the network say what can be done without one."
+    # other errors of the system, such as a full disk, say themselves what they are
     try:
         yield
-    except OSError as e:
+    except (URLError, HTTPException, ConnectionError, TimeoutError) as e:
         text = str(e)
         if not isinstance(e, ConnectionError):
             text = f'cannot download {url} ({e}); it needs a network connection, once'
