@@ -446,6 +446,28 @@ def _masked_rows(quick):
         'encoder block, T = 128, both ways', variants, flops=flops, rounds=rounds
     )
 
+# %% ../nbs/20_speed.ipynb #7e233553
+def _fast_rows(quick):
+    "Dropout and cross-entropy, both ways, against PyTorch's own."
+    rounds = 2 if quick else 15
+    for n in (2**11, 2**18):
+        calls = {'ours': Dropout(0.1), 'torch.nn': nn.Dropout(0.1)}
+        variants = {
+            name: _both_ways(call, torch.randn(n)) for name, call in calls.items()
+        }
+        yield compare(
+            f'dropout, {n:,} elements, both ways', variants, rounds=rounds, ratio=1
+        )
+    for n in (64, 2048):
+        logits, targets = torch.randn(n, 10), torch.arange(n) % 10
+        calls = {'ours': CrossEntropyLoss(), 'torch.nn': nn.CrossEntropyLoss()}
+        variants = {
+            name: _both_ways(call, logits, target=targets)
+            for name, call in calls.items()
+        }
+        name = f'cross-entropy, {n:,} x 10, both ways'
+        yield compare(name, variants, rounds=rounds, ratio=1)
+
 # %% ../nbs/20_speed.ipynb #6733bd15
 class _NaiveSets(Dataset):
     "Sets of features, each drawn when it is asked for, the odd one last."
@@ -472,7 +494,7 @@ class _NaiveSets(Dataset):
         members = torch.cat([self.companions(self.labels[i]), torch.tensor([i])])
         return self.features[members], members, self.set_size - 1
 
-# %% ../nbs/20_speed.ipynb #81cd6b90
+# %% ../nbs/20_speed.ipynb #0435dc75
 def _set_rows(quick):
     "Sets in batches, one by one, and all at once."
     N, rounds = (2000, 2) if quick else (45_000, 7)
@@ -492,7 +514,7 @@ def _set_rows(quick):
     variants = {'naive': lambda: naive[next(alone)], 'ours': lambda: ours[next(alone)]}
     yield compare('a set, read at random', variants, rounds=rounds, most=0.2)
 
-# %% ../nbs/20_speed.ipynb #5ba1d26d
+# %% ../nbs/20_speed.ipynb #dadf275a
 def _fixed_set_rows(quick):
     "The sets of an evaluation, all drawn at once."
     n = 400 if quick else 10_000
@@ -504,7 +526,7 @@ def _fixed_set_rows(quick):
     }
     yield compare(f'{n:,} fixed sets', variants, rounds=2 if quick else 3)
 
-# %% ../nbs/20_speed.ipynb #ceeae8c5
+# %% ../nbs/20_speed.ipynb #eabaac95
 def _image_rows(quick):
     "A frozen ResNet34 and its preprocessing."
     from PIL import Image
@@ -556,11 +578,11 @@ class _NaiveTraining(pl.LightningModule):
         self.log('train_acc', (logits.argmax(-1) == targets).float().mean())
         return loss
 
-# %% ../nbs/20_speed.ipynb #b4f0d88a
+# %% ../nbs/20_speed.ipynb #7aceff65
 def _adam(model, **kwargs):
     return torch.optim.Adam(model.parameters(), lr=model.hparams.lr, **kwargs)
 
-# %% ../nbs/20_speed.ipynb #d1ea2073
+# %% ../nbs/20_speed.ipynb #b9d80c76
 def _naive_reverse(model, batch):
     "Logits and targets with one-hot vectors made by PyTorch's function."
     sequence, reversal = batch
@@ -571,7 +593,7 @@ def _naive_reverse(model, batch):
 def _naive_anomaly(model, batch):
     return model(batch[0], add_positional_encoding=False).squeeze(-1), batch[2]
 
-# %% ../nbs/20_speed.ipynb #1987bde2
+# %% ../nbs/20_speed.ipynb #3dfc45b0
 class _StepTimes(pl.Callback):
     "Notes when each step starts."
 
@@ -581,7 +603,7 @@ class _StepTimes(pl.Callback):
     def on_train_batch_start(self, *unused):
         self.starts.append(time.perf_counter())
 
-# %% ../nbs/20_speed.ipynb #b2caa117
+# %% ../nbs/20_speed.ipynb #156119e3
 def _lightning_step(module, loader, steps, clip):
     "Train for some steps on the CPU: the median milliseconds of one."
     times = _StepTimes()
@@ -605,7 +627,7 @@ def _lightning_step(module, loader, steps, clip):
         trainer.fit(module, loader)
     return 1e3 * median(b - a for a, b in zip(times.starts[3:], times.starts[4:]))
 
-# %% ../nbs/20_speed.ipynb #a3417cb6
+# %% ../nbs/20_speed.ipynb #28fa4166
 @dataclass
 class _Task:
     "A training job: a model, and its data and what it computes, ours and naive."
@@ -632,7 +654,7 @@ class _Task:
         parts = _plain_steps(self, way)
         return median(sum(next(parts).values()) for _ in range(steps + 3))
 
-# %% ../nbs/20_speed.ipynb #ac3b7c08
+# %% ../nbs/20_speed.ipynb #790e4ce9
 def _tasks(quick=False):
     "The training steps of both tasks, with their published settings."
     s, a = ReverseSettings(train_size=2000 if quick else 50_000), AnomalySettings()
@@ -665,7 +687,7 @@ def _tasks(quick=False):
         ),
     ]
 
-# %% ../nbs/20_speed.ipynb #066a8613
+# %% ../nbs/20_speed.ipynb #d1e46f91
 _PARTS = ['data', 'forward and loss', 'backward', 'clipping', 'Adam']
 
 
@@ -693,7 +715,7 @@ def _plain_steps(
         marks.append(time.perf_counter())
         yield {part: 1e3 * (b - a) for part, a, b in zip(_PARTS, marks, marks[1:])}
 
-# %% ../nbs/20_speed.ipynb #2143b58e
+# %% ../nbs/20_speed.ipynb #4053e638
 def _ways(task):
     "Model, batches, logits, loss and optimizer of both ways."
     ours, naive = copy.deepcopy(task.model), _naive_twin(task.model)
@@ -704,7 +726,7 @@ def _ways(task):
         'naive': (naive, task.naive_loader, logits, F.cross_entropy, adam),
     }
 
-# %% ../nbs/20_speed.ipynb #bfed588a
+# %% ../nbs/20_speed.ipynb #3e1e8630
 def _step_rows(quick=False):
     "The parts of a step, and what Lightning adds to their sum: rows for the study."
     rows = []
@@ -715,7 +737,7 @@ def _step_rows(quick=False):
                 rows += _round_of_steps(task, steps)
     return rows
 
-# %% ../nbs/20_speed.ipynb #42946f50
+# %% ../nbs/20_speed.ipynb #0c88bbed
 def _thread_rows(quick=False):
     "A step in a plain loop with one and with two threads: rows for the study."
     rows = []
@@ -726,12 +748,12 @@ def _thread_rows(quick=False):
             rows += [dict(task=task.name, threads=n, ms=1e3 * t) for t in samples]
     return rows
 
-# %% ../nbs/20_speed.ipynb #ac0321ec
+# %% ../nbs/20_speed.ipynb #5bafc5fe
 def _with_threads(n, steps):
     with threads(n):
         next(steps)
 
-# %% ../nbs/20_speed.ipynb #03fdacc3
+# %% ../nbs/20_speed.ipynb #ca9de7b5
 def _round_of_steps(task, steps):
     "Both ways in turns, step by step; then whole steps in Lightning."
     running = {way: _plain_steps(task, way) for way in ('naive', 'ours')}
@@ -749,7 +771,7 @@ def _round_of_steps(task, steps):
         ]
     return rows
 
-# %% ../nbs/20_speed.ipynb #119f7e65
+# %% ../nbs/20_speed.ipynb #9579b7e1
 def _training_rows(quick):
     "Steps of both tasks, in Lightning and in a plain loop."
     rounds = 1 if quick else 5
@@ -776,7 +798,7 @@ def _training_rows(quick):
             share=share,
         )
 
-# %% ../nbs/20_speed.ipynb #d66fbf41
+# %% ../nbs/20_speed.ipynb #0ad3c6e2
 def _command_rows(quick):
     "The whole command `tut_reverse`, in a process of its own, as a user would call it."
     if quick:
@@ -802,11 +824,11 @@ def _seconds_of(code, *args):
     subprocess.run([sys.executable, '-c', code, *args], check=True, capture_output=True)
     return time.perf_counter() - start
 
-# %% ../nbs/20_speed.ipynb #4ef7516e
+# %% ../nbs/20_speed.ipynb #c9262041
 def _table_rows(quick=False):
     "All lines of the table, with one thread."
-    groups = [_long_rows, _memory_rows, _masked_rows, _set_rows, _fixed_set_rows]
-    groups += [_image_rows, _training_rows, _command_rows]
+    groups = [_long_rows, _memory_rows, _masked_rows, _fast_rows, _set_rows]
+    groups += [_fixed_set_rows, _image_rows, _training_rows, _command_rows]
     with threads(1), torch.random.fork_rng(devices=[]):
         return [row for group in groups for row in group(quick)]
 
