@@ -213,7 +213,8 @@ class CharacterPictures(Dataset):
         generator = torch.Generator().manual_seed(2 * self.seed + self.train)
         text, chunks = f'drawing {len(self):,} pictures', []
         parts = torch.tensor(self.targets).split(1000)
-        for targets in tqdm(parts, desc=text, disable=not progress):
+        # None: only on a terminal, since a log file would keep every update
+        for targets in tqdm(parts, desc=text, disable=None if progress else True):
             font = torch.randint(len(tiles), targets.shape, generator=generator)
             coverage = _place_glyphs(tiles[font, targets], generator)
             chunks.append(_colour_in(coverage, generator))
