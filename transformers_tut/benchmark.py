@@ -125,15 +125,13 @@ def busiest(
     names = [e.key.removeprefix('aten::').strip('_') for e in events[:top]]
     return {n: e.self_cpu_time_total / total for n, e in zip(names, events)}
 
-# %% ../nbs/97_benchmark.ipynb #2f3891bb
+# %% ../nbs/97_benchmark.ipynb #6ecc49ec
 _PRODUCT = 1024  # rows and columns of the matrices in a large product
 
 
 def compare(
     name: str,  # of the row
-    variants: dict[
-        str, Callable
-    ],  # 'ours'; perhaps 'naive'; others are peers, or the limit
+    variants: dict[str, Callable],  # 'ours', perhaps 'naive', peers, the limit
     *,
     flops: float = 0.0,  # arithmetic of a call, where that is the limit
     limit: str = '',  # or the variant that is

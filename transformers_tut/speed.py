@@ -102,12 +102,12 @@ def encoder_cost(
     norm_first: bool = False,  # pre-LN instead of post-LN
 ) -> Cost:  # of a TransformerEncoder with its fused attention
     "Parameters, arithmetic and kept activations of an encoder, from its settings."
-    L, D = check_int('num_layers', num_layers), check_int('input_dim', input_dim)
-    H, W = (
-        check_int('num_heads', num_heads),
-        check_int('dim_feedforward', dim_feedforward),
-    )
-    B, T = check_int('batch_size', batch_size), check_int('seq_len', seq_len)
+    L = check_int('num_layers', num_layers)
+    D = check_int('input_dim', input_dim)
+    H = check_int('num_heads', num_heads)
+    W = check_int('dim_feedforward', dim_feedforward)
+    B = check_int('batch_size', batch_size)
+    T = check_int('seq_len', seq_len)
     N = B * T
     block = (
         _linear_cost(N, D, 3 * D) + _attention_cost(B, T, D, H) + _linear_cost(N, D, D)
@@ -839,7 +839,7 @@ def main(
 ):
     "Measure what a model costs on this machine, with one thread: a table, and two figures."
     quick, folder = options.quick, options.out_dir or checkpoint_root() / 'Speed'
-    length = pd.DataFrame(_length_rows(range(4, 8 if quick else 14), 2 if quick else 5))
+    length = pd.DataFrame(_length_rows(range(4, 8 if quick else 13), 2 if quick else 5))
     steps, rows = pd.DataFrame(_step_rows(quick)), pd.DataFrame(_table_rows(quick))
     shown = as_table(rows)[['ours', 'best peer', 'peer / ours', 'share of limit']]
     print(shown.reset_index().to_string(index=False))
