@@ -1,4 +1,4 @@
-"""The picture set where a notebook has no room: damaged files, interrupted drawing, bad arguments."""
+"""The picture set where a notebook has no room: damaged files, interrupted drawing, bad calls."""
 
 from pathlib import Path
 

@@ -676,8 +676,7 @@ def _compute(
 def extract_features(
     dataset,  # (image, label) pairs, or images; map-style, with a fixed transform
     save_file=None,  # where to keep them; by default a file named by its key, in `feature_root()`
-    model: nn.Module
-    | None = None,  # [B, C, H, W] to [B, D]; by default `imagenet_resnet34()`
+    model: nn.Module | None = None,  # [B, C, H, W] to [B, D]; None: imagenet_resnet34
     *,
     batch_size: int = 128,  # images at a time, and in a part
     dtype: torch.dtype = torch.float32,  # of the features, kept and returned
@@ -921,8 +920,7 @@ def _offline_advice(
 
 # %% ../nbs/99_features.ipynb #c90798d3
 def imagenet_resnet34(
-    state_dict: dict
-    | None = None,  # of a torchvision ResNet34; by default ImageNet's, downloaded
+    state_dict: dict | None = None,  # of a torchvision ResNet34; None: ImageNet's
     *,
     folder=None,  # where the download is kept; by default the folder that torchvision uses
     progress: bool = True,  # show a progress bar
