@@ -22,8 +22,7 @@ def scaled_dot_product(
     q: Tensor,  # queries [..., Tq, d_k]
     k: Tensor,  # keys [..., Tk, d_k]
     v: Tensor,  # values [..., Tk, d_v]
-    mask: Tensor
-    | None = None,  # True = attend: [Tq, Tk], [B, Tq, Tk] or [B, H, Tq, Tk]
+    mask: Tensor | None = None,  # True = attend: [Tq, Tk], [B, Tq, Tk], [B, H, Tq, Tk]
     *,
     key_padding_mask: Tensor | None = None,  # True = a real key: [B, Tk]
     is_causal: bool = False,  # query i sees keys 0..i
@@ -137,16 +136,15 @@ def _advice(mask: Tensor) -> str:
     return 'it holds other values than a mask does, and adding a bias to the scores is not offered'
 
 # %% ../nbs/00_attention.ipynb #1d803a8d
-def _check_fit(q, k, v, dropout_p: float = 0.0):
+def _check_fit(q, k, v, dropout_p: float):
     "Check that queries, keys and values fit together; `TypeError` or `ValueError` otherwise."
     check_probability('dropout_p', dropout_p)
     for name, x in dict(q=q, k=k, v=v).items():
         check_tensor(name, x, '[..., T, d]')
-    if (
-        q.shape[-1] != k.shape[-1]
-        or k.shape[-2] != v.shape[-2]
-        or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
-    ):
+    *lead_q, _, width_q = q.shape
+    *lead_k, Tk, width_k = k.shape
+    *lead_v, Tv, _ = v.shape
+    if width_q != width_k or Tk != Tv or not lead_q == lead_k == lead_v:
         raise ValueError(
             'q [..., Tq, d_k], k [..., Tk, d_k] and v [..., Tk, d_v] must agree in d_k, Tk '
             f'and all leading dimensions, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}'
@@ -157,8 +155,7 @@ def fused_attention(
     q: Tensor,  # queries [..., Tq, d_k]
     k: Tensor,  # keys [..., Tk, d_k]
     v: Tensor,  # values [..., Tk, d_v]
-    mask: Tensor
-    | None = None,  # True = attend: [Tq, Tk], [B, Tq, Tk] or [B, H, Tq, Tk]
+    mask: Tensor | None = None,  # True = attend: [Tq, Tk], [B, Tq, Tk], [B, H, Tq, Tk]
     *,
     key_padding_mask: Tensor | None = None,  # True = a real key: [B, Tk]
     is_causal: bool = False,  # query i sees keys 0..i

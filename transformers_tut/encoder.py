@@ -89,7 +89,7 @@ class TransformerEncoder(nn.Module):
     def __init__(
         self,
         num_layers: int,  # number N of blocks
-        **block_args,  # arguments of `EncoderBlock`
+        **block_args,  # arguments of an EncoderBlock
     ):
         super().__init__()
         num_layers = check_int('num_layers', num_layers)
