@@ -1,4 +1,4 @@
-"""What a notebook cell has no room for: damaged files, interrupted drawing, and bad arguments of the picture set."""
+"""The picture set where a notebook has no room: damaged files, interrupted drawing, bad calls."""
 
 from pathlib import Path
 

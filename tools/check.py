@@ -203,9 +203,8 @@ def link_problem(page, pages, target):
 def imported_modules(page):
     "Which modules of the package the cells import"
     for cell in page.cells:
-        if cell.kind != 'code' or re.match(
-            r'\s*[!%]|#\|\s*eval:\s*false', cell.source, re.M
-        ):
+        magic = re.search(r'^[!%]', cell.source, re.M)
+        if cell.kind != 'code' or magic:
             continue
         for node in ast.walk(ast.parse(cell.source)):
             if (

@@ -37,12 +37,14 @@ def check_number(
 ) -> float:  # `value`, as a Python float
     "Accept a real number of at least `minimum`; `TypeError` or `ValueError` otherwise."
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name} must be a number, got {value!r} of type {type(value).__name__}')
+        raise TypeError(
+            f'{name} must be a number, got {value!r} of type {type(value).__name__}'
+        )
     if not value >= minimum:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
     return float(value)
 
-
+# %% ../nbs/90_checks.ipynb #ab1472f8
 def check_positive(
     name: str,  # the argument, for the message
     value,  # what was given
@@ -52,7 +54,7 @@ def check_positive(
         raise ValueError(f'{name} must be positive and finite, got {value}')
     return float(value)
 
-
+# %% ../nbs/90_checks.ipynb #e5e89d3a
 def check_probability(
     name: str,  # the argument, for the message
     value,  # what was given

@@ -89,7 +89,7 @@ class TransformerEncoder(nn.Module):
     def __init__(
         self,
         num_layers: int,  # number N of blocks
-        **block_args,  # arguments of `EncoderBlock`
+        **block_args,  # arguments of an EncoderBlock
     ):
         super().__init__()
         num_layers = check_int('num_layers', num_layers)
@@ -195,17 +195,16 @@ def _(block: EncoderBlock):
 
 @from_torch.register
 def _(layer: nn.TransformerEncoderLayer):
+    _check_plain(layer, _TORCHS)
     relu = layer.activation in (F.relu, torch.relu) or isinstance(
         layer.activation, nn.ReLU
     )
     reasons = {
         'an activation other than relu': not relu,
-        'bias=False': layer.linear1.bias is None,
         'batch_first=False': not layer.self_attn.batch_first,
-        'dropout1.p unlike dropout2.p': layer.dropout1.p != layer.dropout2.p,
+        'dropout1 unlike dropout2': str(layer.dropout1) != str(layer.dropout2),
     }
     _refuse(layer, reasons)
-    _check_plain(layer, _TORCHS)
     D, inner = layer.linear1.in_features, layer.linear1.out_features
     with torch.device('meta'):
         heads = layer.self_attn.num_heads

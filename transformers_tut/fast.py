@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Dropout', 'CrossEntropyLoss', 'faster', 'fold_batchnorm']
 
-# %% ../nbs/98_fast.ipynb #1fead8e6
+# %% ../nbs/98_fast.ipynb #e6e67c48
 import copy
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# %% ../nbs/98_fast.ipynb #41f525c7
+# %% ../nbs/98_fast.ipynb #ef97d26f
 _FEW_ELEMENTS = 2**13  # below, PyTorch's own dropout is about as fast, or faster
 
 
@@ -23,11 +24,12 @@ class Dropout(nn.Dropout):
     def forward(
         self,
         x: Tensor,  # any shape
-    ) -> Tensor:  # the same shape; in training, 0 with probability `p`
+    ) -> Tensor:  # the same shape; in training, 0 with probability p
         "Drop elements in training, and divide the others by the share kept."
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or x.numel() < _FEW_ELEMENTS or not self._pays(x):
+            return F.dropout(x, self.p, self.training, self.inplace)
         dropped = round(65536 * self.p)
-        if not (self.training and 0 < dropped < 65536 and _pays(x)):
-            return super().forward(x)
         quarter = -(-x.numel() // 4)
         words = torch.randint(-(2**63), 2**63 - 1, (quarter,), device=x.device)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
@@ -35,15 +37,12 @@ class Dropout(nn.Dropout):
         kept.mul_(65536 / (65536 - dropped))
         return x.mul_(kept) if self.inplace else x * kept
 
+    def _pays(self, x):
+        "Whether 16 bits for each element will do, and gain anything."
+        plain = type(x) is Tensor and not x.is_nested and x.device.type == 'cpu'
+        return plain and self.training and 0 < round(65536 * self.p) < 65536
 
-def _pays(x):
-    "Whether 16 bits for each element gain anything."
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    plain = type(x) is Tensor and not x.is_nested
-    return plain and x.device.type == 'cpu' and x.numel() >= _FEW_ELEMENTS
-
-# %% ../nbs/98_fast.ipynb #8ae7a6b0
+# %% ../nbs/98_fast.ipynb #e0ad1e71
 _FEW_CLASSES, _FEW_LOGITS = 16, 2**12
 
 
@@ -56,19 +55,23 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         target: Tensor,  # the right classes [N], likewise
     ) -> Tensor:  # a number, or [N] with reduction='none'
         "The loss; arguments are named as PyTorch's."
-        rows = input.ndim == 2 and target.ndim == 1 and input.device.type == 'cpu'
-        if not rows or input.shape[1] >= _FEW_CLASSES or input.numel() < _FEW_LOGITS:
+        if input.numel() < _FEW_LOGITS or not self._pays(input, target):
             return super().forward(input, target)
         loss = super().forward(input.T[None], target[None])  # [1, C, N] and [1, N]
         return loss[0] if self.reduction == 'none' else loss
 
-# %% ../nbs/98_fast.ipynb #5512a6b7
+    def _pays(self, input, target):
+        "Whether there are rows of few classes."
+        rows = input.ndim == 2 and target.ndim == 1 and input.device.type == 'cpu'
+        return rows and input.shape[1] < _FEW_CLASSES
+
+# %% ../nbs/98_fast.ipynb #83bb4f37
 _TWINS = {nn.Dropout: Dropout, nn.CrossEntropyLoss: CrossEntropyLoss}
 
 
 def faster(
     model: nn.Module,  # changed in place
-) -> nn.Module:  # `model`
+) -> nn.Module:  # model
     "Swap PyTorch's dropout and cross-entropy for their faster twins."
     for module in model.modules():
         module.__class__ = _TWINS.get(type(module), type(module))

@@ -155,7 +155,7 @@ def diagram(
     ax.axis('off')
     return ax
 
-
+# %% ../nbs/94_figures.ipynb #d39eb17a
 def box(
     ax: Axes,  # the sheet
     x: float,  # its middle, from left to right
@@ -166,7 +166,7 @@ def box(
     colour: str = 'neutral',  # of `COLOURS`, or any of matplotlib's; the box is a pale tone of it
     copies: int = 1,  # that many boxes, one behind the other
     **kwargs,  # for the rectangle, such as ls='--'
-) -> _Box:  # what `arrow` takes
+) -> _Box:  # what arrow takes
     "A box with a text in it."
     style = {'fc': _tint(colour), 'ec': COLOURS.get(colour, colour), 'lw': 1.2} | kwargs
     for i in reversed(range(copies)):
@@ -175,15 +175,15 @@ def box(
     ax.text(x, y, text, ha='center', va='center', fontsize=10, color='#222222')
     return _Box(x, y, w, h)
 
-
+# %% ../nbs/94_figures.ipynb #694e2265
 def node(
     ax: Axes,  # the sheet
     x: float,  # its middle, from left to right
     y: float,  # its middle, from below
     text: str = '+',  # a sign or two
     r: float = 0.18,  # radius
-    colour: str = 'neutral',  # as for `box`
-) -> _Box:  # what `arrow` takes
+    colour: str = 'neutral',  # as for box
+) -> _Box:  # what arrow takes
     "A small circle, where things meet."
     ax.add_patch(
         Circle((x, y), r, fc=_tint(colour), ec=COLOURS.get(colour, colour), lw=1.2)
@@ -191,7 +191,7 @@ def node(
     ax.text(x, y, text, ha='center', va='center', fontsize=11, color='#222222')
     return _Box(x, y, 2 * r, 2 * r)
 
-
+# %% ../nbs/94_figures.ipynb #9b979391
 def note(
     ax: Axes,  # the sheet
     x: float,  # where the text is, from left to right
@@ -318,7 +318,7 @@ def as_image(
         )
     return x.float().numpy()
 
-
+# %% ../nbs/94_figures.ipynb #0a343fd5
 def as_images(
     data,  # images [T, ...], a batch [B, T, ...] with five axes, a list of images; or labels
     idx: int,  # which sequence of a batch
@@ -360,13 +360,13 @@ def _check_mark(mark, length: int, side: str = 'key') -> int | None:
 
 
 def as_sides(
-    input_data,  # labels or images of the keys, as for `as_labels` and `as_images`
+    input_data,  # labels or images of the keys, as for as_labels and as_images
     queries,  # those of the queries; None where they are the keys
     idx: int,  # which sequence of a batch
     Tq: int,  # how many queries the map has
     Tk: int,  # how many keys
     mark: int | None = None,  # a key, and the same query where queries are the keys
-) -> dict:  # keys, queries, mark and mark_query, as `map_grid` takes them
+) -> dict:  # keys, queries, mark and mark_query, as map_grid takes them
     "What stands on both axes of a map; `TypeError` or `ValueError` where it cannot."
 
     def side(data, length, name):

@@ -169,15 +169,13 @@ class CharacterPictures(Dataset):
 
     def __init__(
         self,
-        root: Path
-        | None = None,  # folder for the file; by default PATH_DATASETS, or data/
+        root: Path | None = None,  # folder; by default PATH_DATASETS, or data/
         train: bool = True,  # those to learn from, or those to test with: none is in both
         transform: Callable | None = None,  # applied to each PIL image
         target_transform: Callable | None = None,  # applied to each class
         *,
         characters: str = CHARACTERS,  # the classes
-        per_class: int
-        | None = None,  # pictures of each class; by default 500, or 100 to test
+        per_class: int | None = None,  # pictures a class; None: 500, or 100 to test
         seed: int = 0,  # decides the pictures
         progress: bool = True,  # show a progress bar
     ):
@@ -213,7 +211,8 @@ class CharacterPictures(Dataset):
         generator = torch.Generator().manual_seed(2 * self.seed + self.train)
         text, chunks = f'drawing {len(self):,} pictures', []
         parts = torch.tensor(self.targets).split(1000)
-        for targets in tqdm(parts, desc=text, disable=not progress):
+        # None: only on a terminal, since a log file would keep every update
+        for targets in tqdm(parts, desc=text, disable=None if progress else True):
             font = torch.randint(len(tiles), targets.shape, generator=generator)
             coverage = _place_glyphs(tiles[font, targets], generator)
             chunks.append(_colour_in(coverage, generator))

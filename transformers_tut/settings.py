@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'run_name', 'Machine', 'threads', 'threads_for', 'choose', 'Terminated', 'command', 'run_command']
 
-# %% ../nbs/92_settings.ipynb #3a5a621c
+# %% ../nbs/92_settings.ipynb #a221b559
 import hashlib
 import json
 import os
@@ -14,13 +14,14 @@ import re
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
-# %% ../nbs/92_settings.ipynb #c66719be
+# %% ../nbs/92_settings.ipynb #4b76c88b
 def _plain(
     name: str,  # of the field, for the message
     value,  # what was given
@@ -49,6 +50,7 @@ class Settings:
     # without annotations, so these are no fields; random generators take 32 bits everywhere
     smallest = {}
     largest = {'seed': 2**32 - 1}
+    later = ()
 
     def __post_init__(self):
         for f in fields(self):
@@ -61,15 +63,19 @@ class Settings:
                 raise ValueError(f'{f.name} must be at most {largest}, got {value}')
             object.__setattr__(self, f.name, value)
 
-# %% ../nbs/92_settings.ipynb #7fc0c3ed
+# %% ../nbs/92_settings.ipynb #bdabb7d0
 def run_name(
     settings: Settings,  # what the run is made from
 ) -> str:  # the same for the same settings, on any machine
     "A short name for a run, made from its settings."
-    text = json.dumps(asdict(settings), sort_keys=True)
+    values = asdict(settings)
+    for f in fields(settings):
+        if f.name in settings.later and values[f.name] == f.default:
+            del values[f.name]
+    text = json.dumps(values, sort_keys=True)
     return f'run-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
-# %% ../nbs/92_settings.ipynb #a7ae17e4
+# %% ../nbs/92_settings.ipynb #3452451b
 @dataclass(frozen=True)
 class Machine(Settings):
     "Where a run runs, and what it shows: settings mean the same on any of it."
@@ -96,52 +102,59 @@ class Machine(Settings):
             )
         super().__post_init__()
 
-    def for_trainer(
-        self,
-    ) -> dict:  # `accelerator`, `devices` and `strategy` of `pl.Trainer`
-        "What a Lightning trainer is told; `ValueError` for what this machine does not have."
+    def for_trainer(self) -> dict:  # arguments of pl.Trainer
+        "Accelerator, devices and strategy; `ValueError` for what this machine does not have."
         if any(word in self.strategy for word in ('spawn', 'fork', 'notebook')):
             raise ValueError(
                 'strategy must start each process as a program of its own, as auto and ddp do, '
                 f'got {self.strategy!r}'
             )
-        devices = self.devices
-        if ',' in devices:
-            devices = [int(index) for index in devices.rstrip(',').split(',')]
-        elif devices != 'auto':
-            devices = int(devices)
-        if self._on_cpu() and devices != 'auto':
-            devices = _check_processes(
-                len(devices) if isinstance(devices, list) else devices
+        devices, kind, there = self._devices(), *_devices_here(self.accelerator)
+        if kind == 'CPU cores' and isinstance(devices, list):
+            # cores have no numbers: a list of two is two processes
+            devices = len(devices)
+        needed = max(devices) + 1 if isinstance(devices, list) else devices
+        everything = devices == 'auto' or (devices == -1 and kind != 'CPU cores')
+        if there is not None and not everything and not 1 <= needed <= there:
+            raise ValueError(
+                f'devices must be from 1 to {there}, the number of {kind} here, '
+                f'got {self.devices}'
             )
         return dict(
             accelerator=self.accelerator, devices=devices, strategy=self.strategy
         )
 
-    def _on_cpu(self) -> bool:
-        import torch
+    def _devices(self) -> int | list[int] | str:
+        "How many, which, or 'auto'."
+        if self.devices == 'auto':
+            return 'auto'
+        if ',' in self.devices:
+            return [int(index) for index in self.devices.rstrip(',').split(',')]
+        return int(self.devices)
 
-        if self.accelerator == 'auto':
-            return not torch.accelerator.is_available()
-        return self.accelerator == 'cpu'
 
+def _devices_here(
+    accelerator: str,  # as in Machine
+) -> tuple[str, int | None]:  # what they are, and how many; None: Lightning has to know
+    "The devices of this machine."
+    import torch
 
-def _check_processes(
-    n: int,  # processes that are to work together on the CPU
-) -> int:  # `n`
-    "Refuse more processes than the machine has cores: they would only wait for each other."
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, 'sched_getaffinity')
-        else os.cpu_count()
-    )
-    if not 1 <= n <= cores:
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if accelerator == 'cpu' or (accelerator == 'auto' and not gpus):
+        # more processes than cores would only wait for each other
+        if hasattr(os, 'sched_getaffinity'):
+            return 'CPU cores', len(os.sched_getaffinity(0))
+        return 'CPU cores', os.cpu_count()
+    if accelerator not in ('auto', 'gpu', 'cuda', 'mps'):
+        return accelerator, None
+    if not gpus:
         raise ValueError(
-            f'devices must be from 1 to {cores} on a CPU, the number of its cores here, got {n}'
+            f'accelerator must be one that this machine has, got {accelerator!r}; '
+            'auto takes the best there is'
         )
-    return n
+    return 'accelerators', gpus
 
-# %% ../nbs/92_settings.ipynb #f17353a3
+# %% ../nbs/92_settings.ipynb #783e8c26
 @contextmanager
 def threads(
     n: int,  # how many threads PyTorch may use inside an operation; 0 leaves the number as it is
@@ -159,7 +172,7 @@ def threads(
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/92_settings.ipynb #cbcdf358
+# %% ../nbs/92_settings.ipynb #4827c504
 def threads_for(
     work: int,  # multiplications of a forward pass: parameters times elements in a step
 ) -> int:  # 1 for a small model, as many as PyTorch has for a large one
@@ -168,7 +181,7 @@ def threads_for(
 
     return 1 if work < 2**30 else torch.get_num_threads()
 
-# %% ../nbs/92_settings.ipynb #a5136f45
+# %% ../nbs/92_settings.ipynb #6fd91510
 def choose(
     cls: type,  # the task's settings
     recipes: dict,  # by name, what each replaces in the defaults
@@ -183,7 +196,7 @@ def choose(
     what = {name: value for name, value in options.items() if name not in places}
     return cls(**recipes[recipe] | what), Machine(**where)
 
-# %% ../nbs/92_settings.ipynb #83ef77c1
+# %% ../nbs/92_settings.ipynb #7f266c4d
 class Terminated(KeyboardInterrupt):
     "SIGTERM has come; to be handled as Ctrl-C is."
 
@@ -212,7 +225,6 @@ _RUNTIME_ERRORS = {
     "can't allocate memory": 'not enough memory',
     'out of memory': 'not enough memory',
     'Storage size calculation overflowed': 'not enough memory',
-    'invalid size': 'not enough memory',
     'PytorchStreamReader failed': 'a file is damaged',
     'PytorchStreamWriter failed': _NOT_WRITTEN,
     'unexpected pos': _NOT_WRITTEN,
@@ -238,16 +250,16 @@ def _explained(
         return 1, f'a file is damaged, or holds what is not safe to load ({text[:200]})'
     if isinstance(error, (OSError, UnicodeError, ModuleNotFoundError)):
         return 1, text
-    if isinstance(error, (ValueError, TypeError)):
-        return 2, text
-    if type(error).__name__ == 'MisconfigurationException':
+    # Lightning's own error, by name: it is not imported for a command without it
+    by_lightning = type(error).__name__ == 'MisconfigurationException'
+    if isinstance(error, (ValueError, TypeError)) or by_lightning:
         return 2, text
     for part, sentence in _RUNTIME_ERRORS.items():
         if isinstance(error, RuntimeError) and part in text:
             return 1, f'{sentence} ({text[:200]})'
     return None
 
-# %% ../nbs/92_settings.ipynb #645e5dc0
+# %% ../nbs/92_settings.ipynb #ccc414a0
 def _guarded(
     name: str,  # of the command
     run,  # does its work, and may return an exit status
@@ -282,13 +294,21 @@ def _end(name: str, status: int, text: str) -> int:
     except OSError as e:
         if not status:
             status, text = _explained(e)
-        # Python flushes again at its exit, and would complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if text:
-        print(f'{name}: {text}', file=sys.stderr)
+        _silence(sys.stdout)
+    try:
+        if text:
+            print(f'{name}: {text}', file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
     return status
 
-# %% ../nbs/92_settings.ipynb #10058ea2
+
+def _silence(stream):
+    "Python flushes again at its exit; what cannot be written must not be tried again."
+    with open(os.devnull, 'w') as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+# %% ../nbs/92_settings.ipynb #706df69b
 def _options_class(
     cls: type | None,  # the task's settings
     recipes: dict,  # by name
@@ -367,7 +387,7 @@ def _parse(
         options.machine.for_trainer()
     return options
 
-# %% ../nbs/92_settings.ipynb #7df814c1
+# %% ../nbs/92_settings.ipynb #15806900
 def command(
     name: str,  # of the command: tut_X for the module X
     settings: type | None = None,  # the task's settings; None: the command has none
@@ -375,20 +395,23 @@ def command(
     *,
     recipe='',  # the default recipe's name, or a function from settings to a name
     **flags: str,  # further switches, by name, and their help
-):  # a decorator: a function of options becomes main(argv), which returns the exit status
+):  # a decorator: of a function of options it makes main(argv) -> status
     "Make a command of a function; its docstring is the description."
 
     def decorate(function):
         def main(
             argv: list | None = None,  # arguments; None: those of the command line
+            started: float | None = None,  # by time.perf_counter(); None: now
         ) -> int:  # the exit status
+            began = time.perf_counter() if started is None else started
+
             def run():
                 description = function.__doc__ or ''
-                return function(
-                    _parse(
-                        argv, name, description, settings, recipes or {}, recipe, flags
-                    )
+                options = _parse(
+                    argv, name, description, settings, recipes or {}, recipe, flags
                 )
+                options.started = began
+                return function(options)
 
             return _guarded(name, run)
 
@@ -399,13 +422,14 @@ def command(
 
     return decorate
 
-# %% ../nbs/92_settings.ipynb #2599b02a
+# %% ../nbs/92_settings.ipynb #39ab4754
 def run_command():
     "What every command `tut_X` begins with: import the module X, guarded, and run its `main`."
-    name = Path(sys.argv[0]).stem
+    name, started = Path(sys.argv[0]).stem, time.perf_counter()
 
     def run():
-        return import_module(f'transformers_tut.{name.removeprefix("tut_")}').main()
+        task = import_module(f'transformers_tut.{name.removeprefix("tut_")}')
+        return task.main(started=started)
 
     status = _guarded(name, run)
     # all is said; a second Ctrl-C would only bring a trace of Python's own exit

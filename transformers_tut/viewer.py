@@ -55,7 +55,7 @@ def _page_side(labels: list) -> dict:
 
 def _page_data(
     maps: list[Tensor],  # [H, Tq, Tk] for each layer
-    sides: dict,  # from `as_sides`
+    sides: dict,  # from as_sides
 ) -> dict:  # layers with heads and their maps, keys, and queries where they differ
     "What the page shows, ready for JSON."
     layers = [
