@@ -38,7 +38,7 @@ from .fast import Dropout
 
 # %% ../nbs/06_decoder.ipynb #397830ae
 class CrossAttention(nn.Module):
-    "Multi-head attention from one sequence to another (Vaswani et al. 2017, section 3.2.3)."
+    "Multi-head attention from one sequence to another (Vaswani et al. 2017, 3.2.3)."
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
 
 # %% ../nbs/06_decoder.ipynb #b4dc8a54
 def _causal(past: int, T: int, device: torch.device) -> dict:
-    "What hides later tokens from T new ones, in words that the attention functions know."
+    "What hides later tokens from T new ones, as arguments of attention."
     if past == 0:
         return dict(is_causal=True)
     if T == 1:
@@ -159,6 +159,7 @@ class KVCache:
         rows: Tensor,  # which sequences of the batch to go on with, integers [B_new]
     ):
         "Keep some sequences, in this order; one may stand more than once."
+        self._layers = self._copies(len(self._layers))
         for layer in self._layers:
             layer.keys = layer.keys.index_select(0, rows)
             layer.values = layer.values.index_select(0, rows)
@@ -166,7 +167,7 @@ class KVCache:
             self._real = self._real.index_select(0, rows)
 
     def _with(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor | None:
-        "The padding mask [B, Tk] of the tokens read and of `x` [B, T, D]; None without padding."
+        "The padding mask [B, Tk] of the tokens read and of `x`; None without padding."
         (B, T, _), past = x.shape, self.length
         if past and len(self._layers[0].keys) != B:
             held = len(self._layers[0].keys)
@@ -181,13 +182,13 @@ class KVCache:
         return torch.cat([before, now], 1)
 
     def _copies(self, num_layers: int) -> list[_LayerCache]:
-        "The layers' parts, to be changed: if a forward fails, the cache stays as it was."
+        "The layers' parts, to be changed while the cache stays as it is."
         if self._layers and len(self._layers) != num_layers:
             raise ValueError(
                 f'cache holds {len(self._layers)} layers, this model has {num_layers}'
             )
-        layers = self._layers or [_LayerCache() for _ in range(num_layers)]
-        return [copy.copy(layer) for layer in layers]
+        new = [_LayerCache() for _ in range(num_layers)]
+        return [copy.copy(layer) for layer in self._layers or new]
 
 
 def _read_real(mask: Tensor, B: int, T: int, device: torch.device) -> Tensor:
@@ -202,7 +203,7 @@ def _read_real(mask: Tensor, B: int, T: int, device: torch.device) -> Tensor:
 
 # %% ../nbs/06_decoder.ipynb #cefd0a67
 def _count(real: Tensor | None, x: Tensor, past: int) -> Tensor:
-    "Positions [B, past + T], for `x` [B, T, D]: how many real tokens stand before each."
+    "Positions [B, past + T]: how many real tokens stand before each."
     if real is None:
         B, T, _ = x.shape
         return torch.arange(past + T, device=x.device).expand(B, -1)
@@ -210,7 +211,7 @@ def _count(real: Tensor | None, x: Tensor, past: int) -> Tensor:
 
 # %% ../nbs/06_decoder.ipynb #dcbc3f82
 class Positions(nn.Module):
-    "Where tokens stand, as a decoder is told: here not at all. Kinds of positions override this."
+    "What a decoder is told of where its tokens stand: here nothing."
 
     max_len: int | None = None  # the most positions it knows; None for no end
 
@@ -240,7 +241,7 @@ class Positions(nn.Module):
 
 # %% ../nbs/06_decoder.ipynb #521ad6b7
 def _attend(q, k, v, bias, options, return_attention):
-    "Values, and the weights if asked for, with a bias [B or 1, H, Tq, Tk] on the scores."
+    "Values, and the weights if asked for, with a bias on the scores."
     if bias is None and return_attention:
         return scaled_dot_product(q, k, v, **options)
     if bias is None:
@@ -272,8 +273,7 @@ class CausalSelfAttention(MultiheadAttention):
         embed_dim: int,  # width E of the output, split over the heads
         num_heads: int,  # H, divides `embed_dim`
         *,
-        num_kv_heads: int
-        | None = None,  # heads of keys and values, divides H; None for H
+        num_kv_heads: int | None = None,  # heads of keys; None for H
         dropout: float = 0.0,  # probability of dropping an attention weight in training
     ):
         super().__init__(input_dim, embed_dim, num_heads, dropout=dropout)
@@ -306,10 +306,8 @@ class CausalSelfAttention(MultiheadAttention):
         self,
         x: Tensor,  # [B, T, D_in]
         *,
-        key_padding_mask: Tensor
-        | None = None,  # True = a real token: [B, Tk], cached ones too
-        positions: Positions
-        | None = None,  # where the tokens stand; None for not at all
+        key_padding_mask: Tensor | None = None,  # True = real: [B, Tk], cached too
+        positions: Positions | None = None,  # where tokens stand
         cache: _LayerCache | None = None,  # the keys and values of earlier tokens
         return_attention: bool = False,  # also return the weights
     ) -> Tensor | tuple[Tensor, Tensor]:  # [B, T, E], and if asked for [B, H, T, Tk]
@@ -340,7 +338,7 @@ class CausalSelfAttention(MultiheadAttention):
 
 # %% ../nbs/06_decoder.ipynb #adaf6880
 class DecoderBlock(nn.Module):
-    "One decoder layer: causal self-attention, cross-attention if there is a context, and a net."
+    "One decoder layer: look back, look across if there is a context, compute."
 
     def __init__(
         self,
@@ -349,12 +347,10 @@ class DecoderBlock(nn.Module):
         dim_feedforward: int,  # inner width of the feed-forward network
         dropout: float = 0.0,  # probability of dropping a feature of a branch, in training
         *,
-        context_dim: int
-        | None = None,  # width D_c of what is read; None for no cross-attention
+        context_dim: int | None = None,  # width D_c of the context, if any
         norm_first: bool = True,  # pre-LN instead of post-LN
         attention_dropout: float = 0.0,  # probability of dropping an attention weight
-        num_kv_heads: int
-        | None = None,  # heads of keys and values; None for `num_heads`
+        num_kv_heads: int | None = None,  # heads of keys; None: all
     ):
         super().__init__()
         D = check_int('input_dim', input_dim)
@@ -387,11 +383,9 @@ class DecoderBlock(nn.Module):
         x: Tensor,  # [B, T, D]
         context: Tensor | None = None,  # what is read: [B, Tc, D_c]
         *,
-        key_padding_mask: Tensor
-        | None = None,  # True = a real token: [B, Tk], cached ones too
+        key_padding_mask: Tensor | None = None,  # True = real: [B, Tk], cached too
         context_padding_mask: Tensor | None = None,  # True = a real element: [B, Tc]
-        positions: Positions
-        | None = None,  # where the tokens stand; None for not at all
+        positions: Positions | None = None,  # where tokens stand
         cache: _LayerCache | None = None,  # the keys and values of earlier tokens
         return_attention: bool = False,  # also return the weights
     ) -> (
@@ -447,8 +441,7 @@ class TransformerDecoder(nn.Module):
         self,
         num_layers: int,  # number N of blocks
         *,
-        positions: Positions
-        | None = None,  # tells where the tokens stand; None for not at all
+        positions: Positions | None = None,  # where tokens stand; None: unsaid
         **block_args,  # arguments of `DecoderBlock`
     ):
         super().__init__()
@@ -470,8 +463,7 @@ class TransformerDecoder(nn.Module):
         x: Tensor,  # [B, T, D]
         context: Tensor | None = None,  # what is read: [B, Tc, D_c]
         *,
-        key_padding_mask: Tensor
-        | None = None,  # True = a real token: [B, T], of `x` alone
+        key_padding_mask: Tensor | None = None,  # True = real: [B, T], of x alone
         context_padding_mask: Tensor | None = None,  # True = a real element: [B, Tc]
         cache: KVCache | None = None,  # knows the earlier tokens, and takes these
         return_attention: bool = False,  # also return the weights of every layer
@@ -591,8 +583,8 @@ def _(attn: CrossAttention):
     E, H, d = attn.embed_dim, attn.num_heads, attn.head_dim
     if not attn.input_dim == attn.context_dim == E:
         raise ValueError(
-            'CrossAttention cannot be carried over with input_dim, context_dim and embed_dim '
-            f'that differ, got {attn.input_dim}, {attn.context_dim} and {E}'
+            'CrossAttention cannot be carried over with input_dim, context_dim and '
+            f'embed_dim that differ, got {attn.input_dim}, {attn.context_dim} and {E}'
         )
     with torch.device('meta'):
         out = nn.MultiheadAttention(E, H, dropout=attn.dropout, batch_first=True)
