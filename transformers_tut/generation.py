@@ -110,7 +110,7 @@ def token_probabilities(
     top_p: float | None = None,  # only the likeliest that make up p; None: all
 ) -> Tensor:  # [..., V], sums to 1
     "Probabilities of the next token, with the unlikely ones cut off."
-    check_tensor('logits', logits, '[..., V]')
+    _check_logits(check_tensor('logits', logits, '[..., V]'))
     temperature, top_k, top_p = _check_sampling(temperature, top_k, top_p)
     logits = logits - logits.amax(-1, keepdim=True)
     if temperature == 0:
@@ -129,7 +129,14 @@ def token_probabilities(
         probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, order, probs)
 
-# %% ../nbs/08_generation.ipynb #25caa233
+# %% ../nbs/08_generation.ipynb #0bbd7fe9
+def _check_logits(logits: Tensor) -> Tensor:
+    "Refuse logits of which no token can be the likeliest."
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError('logits hold NaN, infinity, or only tokens that are ruled out')
+    return logits
+
+
 def _check_sampling(temperature, top_k, top_p):
     "The three knobs, with None read as what it stands for."
     if not check_number('temperature', temperature, minimum=0) < torch.inf:
@@ -155,11 +162,12 @@ class _Reader:
         )
         steps = torch.arange(real.shape[1], device=real.device)
         last = (steps * real).argmax(1)  # [B]: each row's last real token
-        return logits[torch.arange(len(last), device=last.device), last]
+        return _check_logits(logits[torch.arange(len(last), device=last.device), last])
 
     def read(self, tokens: Tensor) -> Tensor:
         "Read one more token of each text, [B]."
-        return self.model(tokens.unsqueeze(1), cache=self.cache, **self.inputs)[:, -1]
+        logits = self.model(tokens.unsqueeze(1), cache=self.cache, **self.inputs)
+        return _check_logits(logits[:, -1])
 
     def select(self, rows: Tensor):
         "Go on with these texts, in this order."
@@ -204,11 +212,9 @@ def generate(
                 break
     return torch.cat(written, 1)
 
-# %% ../nbs/08_generation.ipynb #6387bce5
+# %% ../nbs/08_generation.ipynb #eb6ad342
 def _choose(logits: Tensor, temperature, top_k, top_p, generator) -> Tensor:
     "A token for each row of logits [B, V]."
-    if not logits.amax(-1).isfinite().all():
-        raise ValueError('the model gave logits that are NaN or infinite')
     if temperature == 0:
         return logits.argmax(-1)
     probs = token_probabilities(
