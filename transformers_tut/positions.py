@@ -269,8 +269,7 @@ def make_positions(
     kind: str,  # 'sinusoidal', 'learned', 'rotary', 'alibi', 'relative' or 'none'
     model_dim: int,  # width D of the tokens
     num_heads: int,  # H, divides model_dim
-    max_len: int
-    | None = None,  # the most positions of sinusoidal and learned; None for their own
+    max_len: int | None = None,  # the end of a table; None for that of its class
 ) -> Positions:  # for a decoder of this width and as many heads
     "Positions by their name."
     D, H = check_int('model_dim', model_dim), check_int('num_heads', num_heads)
