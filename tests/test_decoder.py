@@ -205,6 +205,36 @@ def test_cache_bytes_and_select():
     near(out, full[[2, 0, 2, 1], 6:])
 
 
+@torch.no_grad()
+def test_the_context_is_projected_once():
+    "As long as it is the same: another one, or one changed in place, is read anew."
+    decoder = made(context_dim=7)
+    x, context = inputs(D_c=7)
+    other, calls, cache = context + 1, [], KVCache()
+    for layer in decoder.layers:
+        layer.cross_attn.kv_proj.register_forward_hook(lambda *_: calls.append(1))
+    in_chunks(decoder, x, context, [1] * 9)
+    assert len(calls) == 2
+    decoder(x[:, :4], context, cache=cache)
+    near(
+        decoder(x[:, 4:5], other, cache=copy.copy(cache)),
+        changed(decoder, x, context, other),
+    )
+    expected = changed(decoder, x, context, other)
+    context.add_(1)
+    near(decoder(x[:, 4:5], context, cache=cache), expected)
+    with torch.inference_mode():
+        x, context = inputs(D_c=7)
+        near(in_chunks(decoder, x, context, [4, 5]), decoder(x, context))
+
+
+def changed(decoder, x, context, other):
+    "Four tokens with one context and one with another, without keeping either."
+    cache = KVCache()
+    decoder(x[:, :4], context.clone(), cache=cache)
+    return decoder(x[:, 4:5], other.clone(), cache=cache)
+
+
 def test_a_failure_leaves_the_cache():
     decoder, cache = made(), KVCache()
     x, _ = inputs()

@@ -72,21 +72,33 @@ class CrossAttention(nn.Module):
             nn.init.xavier_uniform_(proj.weight)
             nn.init.zeros_(proj.bias)
 
+    def project(
+        self,
+        context: Tensor,  # [B, Tk, D_c]
+    ) -> tuple[Tensor, Tensor]:  # k, v: [B, H, Tk, d] each
+        "Keys and values of all heads."
+        kv = self.kv_proj(context).unflatten(-1, (self.num_heads, -1))
+        k, v = kv.chunk(2, dim=-1)  # [B, Tk, H, d] each
+        return k.transpose(1, 2), v.transpose(1, 2)
+
     def forward(
         self,
         x: Tensor,  # [B, Tq, D_in], asks
         context: Tensor,  # [B, Tk, D_c], answers
         *,
         context_padding_mask: Tensor | None = None,  # True = a real element: [B, Tk]
+        cache: '_LayerCache | None' = None,  # keeps the context's keys and values
         return_attention: bool = False,  # also return the weights
     ) -> Tensor | tuple[Tensor, Tensor]:  # [B, Tq, E], and if asked for [B, H, Tq, Tk]
         "Attend from every element of `x` to every real element of `context`."
         B, Tq, _ = check_tensor('x', x, f'[B, Tq, {self.input_dim}]').shape
         check_tensor('context', context, f'[{B}, Tk, {self.context_dim}]')
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # [B, Tq, H, d]
-        kv = self.kv_proj(context).unflatten(-1, (self.num_heads, -1))
-        k, v = kv.chunk(2, dim=-1)  # [B, Tk, H, d] each
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q = q.transpose(1, 2)  # [B, H, Tq, d]
+        if cache is None:
+            k, v = self.project(context)
+        else:
+            k, v = cache.across(context, self.project)
         options = dict(key_padding_mask=context_padding_mask)
         options['dropout_p'] = self.dropout if self.training else 0.0
         if return_attention:
@@ -111,9 +123,10 @@ def _causal(past: int, T: int, device: torch.device) -> dict:
 
 # %% ../nbs/06_decoder.ipynb #033f637b
 class _LayerCache:
-    "Keys and values of one layer, [B, H_kv, T, d] each; None before the first token."
+    "Keys and values of one layer, [B, H_kv, T, d], and those of the context."
 
     keys = values = None
+    context = version = across_keys = across_values = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Take the keys and values of new tokens; return those of all."
@@ -122,6 +135,15 @@ class _LayerCache:
             k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         self.keys, self.values = k, v
         return k, v
+
+    def across(self, context: Tensor, project) -> tuple[Tensor, Tensor]:
+        "Keys and values of the context, computed once as long as it is the same."
+        # a version counts changes in place; tensors of inference mode have none
+        version = None if context.is_inference() else context._version
+        if version is None or self.context is not context or self.version != version:
+            self.context, self.version = context, version
+            self.across_keys, self.across_values = project(context)
+        return self.across_keys, self.across_values
 
     def _check(self, k: Tensor):
         held = self.keys
@@ -151,7 +173,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        "The memory that keys and values take, in bytes."
+        "The memory that the keys and values of its tokens take, in bytes."
         return sum(c.keys.nbytes + c.values.nbytes for c in self._layers)
 
     def select(
@@ -161,6 +183,7 @@ class KVCache:
         "Keep some sequences, in this order; one may stand more than once."
         self._layers = self._copies(len(self._layers))
         for layer in self._layers:
+            layer.context = None  # others have another context
             layer.keys = layer.keys.index_select(0, rows)
             layer.values = layer.values.index_select(0, rows)
         if self._real is not None:
@@ -410,6 +433,7 @@ class DecoderBlock(nn.Module):
                 self._before(self.cross_norm, x),
                 context,
                 context_padding_mask=context_padding_mask,
+                cache=cache,
                 return_attention=return_attention,
             )
             h, cross_map = h if return_attention else (h, None)
