@@ -25,6 +25,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.models import resnet34
+from torchvision.transforms import v2
 
 from transformers_tut import features
 from transformers_tut.features import (
@@ -454,6 +455,9 @@ def test_transforms_are_looked_into(photos):
         {'transform': transforms.Resize(5)},
         {'loader': lambda path: Image.open(path)},
     ]
+    for wrap in (transforms.Compose, v2.Compose):
+        kinds += [{'transform': wrap([one])}, {'transform': wrap([other])}]
+    kinds += [{'transform': v2.Lambda(one)}, {'transform': v2.Lambda(other)}]
     keys = [features._data_key(photos(**kwargs)) for kwargs in kinds]
     assert len(set(keys)) == len(keys)
     assert keys == [features._data_key(photos(**kwargs)) for kwargs in kinds]

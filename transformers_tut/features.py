@@ -246,7 +246,7 @@ def _is_library(
     thing,  # a class or a function
 ) -> bool:
     "Whether its code is known by name."
-    return str(thing.__module__ or 'builtins').split('.')[0] in _LIBRARIES
+    return str(thing.__module__).split('.')[0] in _LIBRARIES
 
 
 def _made_of(
@@ -296,8 +296,11 @@ def _parts(
         return _parts_of_function(value)
     if isinstance(value, nn.Module):
         return [type(value), _own_values(value)]
-    if _is_library(type(value)) or not hasattr(value, '__dict__'):
-        return [re.sub('0x[0-9a-fA-F]+', '', repr(value))]
+    transform = type(value).__module__.startswith('torchvision.transforms')
+    opaque = _is_library(type(value)) and not transform
+    if opaque or not hasattr(value, '__dict__'):
+        text = re.sub('0x[0-9a-fA-F]+', '', repr(value))
+        return [text, getattr(value, '__wrapped__', None)]
     return [type(value), vars(value)]
 
 # %% ../nbs/99_features.ipynb #68fcc0b1
