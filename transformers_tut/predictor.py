@@ -38,18 +38,14 @@ class Classifier(SafeModule):
     ) -> tuple[Tensor, Tensor]:  # logits [N, C] and the right classes [N]
         "The task: what the model says to a batch, and what is right."
         name = type(self).__name__
-        raise NotImplementedError(
-            f'{name} must define logits_and_targets(batch) -> ([N, C], [N])'
-        )
+        raise NotImplementedError(f'{name} must define logits_and_targets(batch) -> ([N, C], [N])')
 
     def configure_optimizers(self):
         "Adam and its schedule, by the hyper-parameters lr, warmup and max_iters."
         optimizer = torch.optim.Adam(
             self.parameters(), self.hparams.lr, fused=self._can_fuse() or None
         )
-        max_iters = self.hparams.max_iters or int(
-            self.trainer.estimated_stepping_batches
-        )
+        max_iters = self.hparams.max_iters or int(self.trainer.estimated_stepping_batches)
         schedule = CosineWarmupScheduler(optimizer, self.hparams.warmup, max_iters)
         return [optimizer], [{'scheduler': schedule, 'interval': 'step'}]
 
@@ -93,8 +89,7 @@ class TransformerPredictor(Classifier):
         num_layers: int,  # encoder blocks
         lr: float,  # Adam's rate at the top of the schedule
         warmup: int,  # optimizer steps of warm-up
-        max_iters: int
-        | None,  # optimizer steps until the rate is 0; None: until training ends
+        max_iters: int | None,  # optimizer steps until the rate is 0; None: until training ends
         dropout: float = 0.0,  # in the encoder and the output net
         input_dropout: float = 0.0,  # on the features
         *,
@@ -114,10 +109,7 @@ class TransformerPredictor(Classifier):
         input_dropout = check_probability('input_dropout', input_dropout)
         self.save_hyperparameters()
 
-        self.input_net = nn.Sequential(
-            nn.Dropout(input_dropout),
-            nn.Linear(input_dim, model_dim),
-        )
+        self.input_net = nn.Sequential(nn.Dropout(input_dropout), nn.Linear(input_dim, model_dim))
         self.positional_encoding = PositionalEncoding(model_dim)
         self.transformer = TransformerEncoder(
             num_layers,
@@ -165,6 +157,4 @@ class TransformerPredictor(Classifier):
     ) -> list[Tensor]:  # a map [B, H, T, T] for each layer
         "The attention maps of a forward pass in evaluation mode."
         with evaluating(self):
-            return self(
-                x, mask, add_positional_encoding, return_attention=True, **masks
-            )[1]
+            return self(x, mask, add_positional_encoding, return_attention=True, **masks)[1]

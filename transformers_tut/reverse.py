@@ -29,22 +29,8 @@ from transformers_tut.files import (
 )
 from .maps import plot_attention_maps
 from .predictor import TransformerPredictor
-from transformers_tut.settings import (
-    Machine,
-    Settings,
-    choose,
-    command,
-    threads,
-    threads_for,
-)
-from transformers_tut.training import (
-    Run,
-    TaskData,
-    evaluate,
-    make_trainer,
-    quiet,
-    train_task,
-)
+from .settings import Machine, Settings, choose, command, threads, threads_for
+from .training import Run, TaskData, evaluate, make_trainer, quiet, train_task
 
 # %% ../nbs/10_reverse.ipynb #9f10e049
 class ReverseDataset(Dataset):
@@ -87,9 +73,7 @@ class ReversePredictor(TransformerPredictor):
 
     def logits_and_targets(
         self,
-        batch: tuple[
-            Tensor, Tensor
-        ],  # sequences and their reversals, int64 [B, T] each
+        batch: tuple[Tensor, Tensor],  # sequences and their reversals, int64 [B, T] each
     ) -> tuple[Tensor, Tensor]:  # logits [B*T, C] and symbols [B*T]
         "What the model says, and the reversed sequence."
         sequence, reversal = batch
@@ -100,15 +84,11 @@ class ReversePredictor(TransformerPredictor):
         sequence: Tensor,  # symbols, int64 [B, T]
     ) -> Tensor:  # [B, T, C], on the model's device
         "The model's input for a batch of sequences."
-        return F.one_hot(sequence.to(self.device), self.hparams.input_dim).to(
-            self.dtype
-        )
+        return F.one_hot(sequence.to(self.device), self.hparams.input_dim).to(self.dtype)
 
     def example_figure(
         self,
-        batch: tuple[
-            Tensor, Tensor
-        ],  # sequences and their reversals, int64 [B, T] each
+        batch: tuple[Tensor, Tensor],  # sequences and their reversals, int64 [B, T] each
     ):  # a matplotlib Figure, for TensorBoard or for a file
         "The attention map of the first sequence."
         first = batch[0][:1]
@@ -153,10 +133,7 @@ class ReverseSettings(Settings):
     later = ('validations', 'stop_when_perfect')
 
 
-RECIPES = {
-    'fast': dict(lr=5e-3, validations=5, stop_when_perfect=True),
-    'published': {},
-}
+RECIPES = {'fast': dict(lr=5e-3, validations=5, stop_when_perfect=True), 'published': {}}
 
 # %% ../nbs/10_reverse.ipynb #67462ec6
 def reverse_data(
@@ -274,11 +251,7 @@ def main(
         done = "evaluated the course's own model"
     else:
         model, run = run_reverse(s, machine, options.out_dir, options.fresh)
-        metrics, checkpoint, result = (
-            run.metrics,
-            run.checkpoint,
-            run.folder / 'result.json',
-        )
+        metrics, checkpoint, result = (run.metrics, run.checkpoint, run.folder / 'result.json')
         done = f'found a model trained for {run.steps} steps'
         if run.trained:
             done = f'trained {run.steps} steps in {run.seconds:.1f} s'
