@@ -34,9 +34,7 @@ from transformers_tut.anomaly import (
 
 COMMAND = Path(sys.executable).with_name('tut_anomaly')
 LABELS = torch.tensor([0] * 12 + [1] * 8 + [2] * 10)
-FEATURES = torch.arange(30.0)[:, None].repeat(
-    1, 4
-)  # image i has the features i, i, i, i
+FEATURES = torch.arange(30.0)[:, None].repeat(1, 4)  # image i has the features i, i, i, i
 
 
 def generator(seed=0):
@@ -64,9 +62,7 @@ def test_the_odd_image_stands_anywhere_and_each_other_class_is_the_company():
     assert torch.equal(sets[odd, place], odd)
     assert (place.bincount() - 2000).abs().max() < 4 * 45
     company = labels[sets[odd, place - 1]]
-    assert (company != labels).all() and (
-        company.bincount() - 4000
-    ).abs().max() < 4 * 60
+    assert (company != labels).all() and (company.bincount() - 4000).abs().max() < 4 * 60
     steps = (company - labels) % 5
     assert (steps.bincount()[1:] - 5000).abs().max() < 4 * 70
     assert (sets.sort(1).values.diff(dim=1) > 0).all()
@@ -119,26 +115,14 @@ def members_of_epoch(seed, epoch, skip):
 def test_what_is_different_gets_different_sets():
     "Defaults that made validation and test sets the first rows of the training sets"
     torch.manual_seed(0)
-    made = [
-        SetAnomalyDataset(FEATURES, LABELS, 8, train=t)
-        for t in (True, True, False, False)
-    ]
+    made = [SetAnomalyDataset(FEATURES, LABELS, 8, train=t) for t in (True, True, False, False)]
     torch.manual_seed(0)
-    again = [
-        SetAnomalyDataset(FEATURES, LABELS, 8, train=t)
-        for t in (True, True, False, False)
-    ]
-    assert torch.equal(made[2].sets, again[2].sets) and torch.equal(
-        made[3].sets, again[3].sets
-    )
+    again = [SetAnomalyDataset(FEATURES, LABELS, 8, train=t) for t in (True, True, False, False)]
+    assert torch.equal(made[2].sets, again[2].sets) and torch.equal(made[3].sets, again[3].sets)
     for a, b in itertools.combinations(made, 2):
         assert not torch.equal(members_of(a), members_of(b))
-    big = SetAnomalyDataset(
-        torch.zeros(60, 1), torch.arange(60) % 2, 8, train=False, seed=0
-    )
-    small = SetAnomalyDataset(
-        torch.zeros(40, 1), torch.arange(40) % 2, 8, train=False, seed=0
-    )
+    big = SetAnomalyDataset(torch.zeros(60, 1), torch.arange(60) % 2, 8, train=False, seed=0)
+    small = SetAnomalyDataset(torch.zeros(40, 1), torch.arange(40) % 2, 8, train=False, seed=0)
     learnt = SetAnomalyDataset(torch.zeros(40, 1), torch.arange(40) % 2, 8, seed=0)
     assert not torch.equal(big.place[:40], small.place)
     assert not torch.equal(learnt.collated(range(40))[2], small.place)
@@ -173,9 +157,7 @@ def test_only_what_is_asked_for_is_drawn(monkeypatch):
 
 
 def test_what_is_read_again_costs_a_fraction_of_a_millisecond():
-    data = SetAnomalyDataset(
-        torch.randn(45_000, 128), torch.arange(45_000) % 100, seed=0
-    )
+    data = SetAnomalyDataset(torch.randn(45_000, 128), torch.arange(45_000) % 100, seed=0)
     data[0]
     times = []
     for _ in range(200):
@@ -196,9 +178,7 @@ def test_drawn_in_inference_mode_and_used_in_another():
 def epochs(workers, seed, n=2):
     torch.manual_seed(0)
     data = SetAnomalyDataset(FEATURES, LABELS, 8, seed=seed)
-    loader = DataLoader(
-        data, 10, shuffle=True, num_workers=workers, generator=generator()
-    )
+    loader = DataLoader(data, 10, shuffle=True, num_workers=workers, generator=generator())
     odd, members = [], []
     for _ in range(n):
         batches = [(sets, place) for _, sets, place in loader]
@@ -254,20 +234,12 @@ def test_features_of_any_dtype(dtype):
     assert transformer.get_attention_maps(rounded)[0].shape == (2, 2, 5, 5)
     assert transformer.probabilities(rounded).dtype == torch.float32
     assert transformer.double().set_logits(rounded).dtype == torch.float64
-    torch.testing.assert_close(
-        centroid_rule(rounded).float(), centroid_rule(x), rtol=0, atol=0.02
-    )
+    torch.testing.assert_close(centroid_rule(rounded).float(), centroid_rule(x), rtol=0, atol=0.02)
 
 
 def test_equivariant_in_batches_of_sets_of_different_sizes():
     torch.manual_seed(0)
-    args = {
-        'lr': 1e-3,
-        'warmup': 1,
-        'max_iters': 9,
-        'dropout': 0.1,
-        'input_dropout': 0.1,
-    }
+    args = {'lr': 1e-3, 'warmup': 1, 'max_iters': 9, 'dropout': 0.1, 'input_dropout': 0.1}
     x = 3 * torch.randn(4, 10, 16)
     real = torch.arange(10) < torch.tensor([10, 5, 7, 3])[:, None]
     model = AnomalyPredictor(16, 32, 1, num_heads=4, num_layers=2, **args)
@@ -339,9 +311,7 @@ def dataset(features=X, labels=Y, **kwargs):
 
 
 def one(**kwargs):
-    return AnomalyPredictor(
-        4, 8, **{'num_classes': 1} | kwargs, num_heads=1, num_layers=1, **HYPER
-    )
+    return AnomalyPredictor(4, 8, **{'num_classes': 1} | kwargs, num_heads=1, num_layers=1, **HYPER)
 
 
 def deep(num_layers=1, **kwargs):
@@ -349,33 +319,18 @@ def deep(num_layers=1, **kwargs):
 
 
 REFUSED = [
-    (
-        lambda: dataset(features=X.tolist()),
-        'img_feats must be a floating tensor [N, D], got list',
-    ),
-    (
-        lambda: dataset(features=X.long()),
-        'img_feats must be a floating tensor [N, D], got torch.i',
-    ),
+    (lambda: dataset(features=X.tolist()), 'img_feats must be a floating tensor [N, D], got list'),
+    (lambda: dataset(features=X.long()), 'img_feats must be a floating tensor [N, D], got torch.i'),
     (lambda: dataset(features=X[0]), 'img_feats must have the shape [N, D], got [4]'),
     (lambda: dataset(labels=Y[:20]), 'one for each of 30 images, got the shape [20]'),
     (lambda: dataset(labels=Y.float()), 'labels must be integers, got torch.float32'),
     (lambda: dataset(labels=Y > 1), 'labels must be integers, got torch.bool'),
     (lambda: dataset(labels=['a'] * 30), 'labels must be integers, one for each image'),
-    (
-        lambda: dataset(labels=Y - 1),
-        'labels must be at least one number from 0 upwards',
-    ),
-    (
-        lambda: dataset(X[:0], Y[:0]),
-        'labels must be at least one number from 0 upwards',
-    ),
+    (lambda: dataset(labels=Y - 1), 'labels must be at least one number from 0 upwards'),
+    (lambda: dataset(X[:0], Y[:0]), 'labels must be at least one number from 0 upwards'),
     (lambda: dataset(labels=torch.zeros(30).long()), 'at least two classes'),
     (lambda: dataset(labels=2 * Y), '[1, 3] have no image'),
-    (
-        lambda: dataset(set_size=12),
-        'sets of 12 take 11 images of a class, class 0 has 10',
-    ),
+    (lambda: dataset(set_size=12), 'sets of 12 take 11 images of a class, class 0 has 10'),
     (lambda: dataset(set_size=2), 'set_size must be at least 3, got 2'),
     (lambda: dataset(set_size=5.0), 'set_size must be an integer, got 5.0'),
     (lambda: dataset(train='yes'), 'train must be True or False'),
@@ -383,14 +338,8 @@ REFUSED = [
     (lambda: dataset(seed=-1), 'seed must be at least 0, got -1'),
     (lambda: dataset().set_epoch(-1), 'epoch must be at least 0, got -1'),
     (lambda: one(num_classes=2).set_logits(X[None]), 'num_classes must be 1'),
-    (
-        lambda: one().set_logits(X),
-        'features must have the shape [B, S, 4], got [30, 4]',
-    ),
-    (
-        lambda: one().set_logits(torch.randn(1, 5, 3)),
-        'features must have the shape [B, S, 4]',
-    ),
+    (lambda: one().set_logits(X), 'features must have the shape [B, S, 4], got [30, 4]'),
+    (lambda: one().set_logits(torch.randn(1, 5, 3)), 'features must have the shape [B, S, 4]'),
     (lambda: deep(num_layers=0), 'num_layers must be at least 1, got 0'),
     (lambda: deep(lr=-1), 'lr must be positive and finite, got -1'),
     (lambda: deep(dropout=1), 'dropout must be in [0, 1), got 1'),
@@ -406,9 +355,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    'call, message', REFUSED, ids=[message for _, message in REFUSED]
-)
+@pytest.mark.parametrize('call, message', REFUSED, ids=[message for _, message in REFUSED])
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises((TypeError, ValueError)) as error:
         call()
@@ -440,13 +387,7 @@ class Averages(torch.nn.Module):
 
 
 STRIPES = ImageSource(Stripes(600, 0), Stripes(60, 1), Averages())
-SMALL = {
-    'model_dim': 16,
-    'num_heads': 2,
-    'num_layers': 1,
-    'set_size': 5,
-    'batch_size': 32,
-}
+SMALL = {'model_dim': 16, 'num_heads': 2, 'num_layers': 1, 'set_size': 5, 'batch_size': 32}
 SMALL |= {'epochs': 2, 'warmup': 10, 'accelerator': 'cpu', 'progress': False}
 
 
@@ -463,10 +404,7 @@ def trained(**kwargs):
 
 def test_a_model_is_found_again_for_the_same_images_and_classes_only(folder):
     model, metrics = trained()
-    assert (
-        set(metrics) == {'train_acc', 'val_acc', 'test_acc'}
-        and model.hparams.input_dim == 16
-    )
+    assert set(metrics) == {'train_acc', 'val_acc', 'test_acc'} and model.hparams.input_dim == 16
     assert trained()[1] == metrics
     assert trained(input_dim=16, num_classes=1)[1] == metrics
     runs = folder / 'models' / 'SetAnomalyTask'
@@ -474,36 +412,20 @@ def test_a_model_is_found_again_for_the_same_images_and_classes_only(folder):
     relabelled = ImageSource(Stripes(600, 0, classes=2), Stripes(60, 1), Averages())
     trained(source=relabelled)
     assert len(list(runs.glob('anomaly_model-*/*'))) == 2
-    for kwargs in (
-        {'data': 'imagenet', 'source': None},
-        {'recipe': 'slow'},
-        {'lr': -1},
-    ):
+    for kwargs in ({'data': 'imagenet', 'source': None}, {'recipe': 'slow'}, {'lr': -1}):
         with pytest.raises(ValueError):
             trained(**kwargs)
     assert len(list(runs.glob('*/*'))) == 2
 
 
 TRAINING = [
-    (
-        {'data': 'imagenet', 'source': None},
-        "data must be one of ['pictures', 'cifar100'], or come",
-    ),
-    (
-        {'source': (1, 2, 3)},
-        'source must be an ImageSource(train, test, extractor), got tuple',
-    ),
+    ({'data': 'imagenet', 'source': None}, "data must be one of ['pictures', 'cifar100'], or come"),
+    ({'source': (1, 2, 3)}, 'source must be an ImageSource(train, test, extractor), got tuple'),
     ({'recipe': 'slow'}, "recipe must be one of ['published', 'fast'], got 'slow'"),
     ({'num_classes': 10}, 'num_classes must be 1'),
-    (
-        {'input_dim': 512},
-        'input_dim must be the number of features of the extractor, 16, got 512',
-    ),
+    ({'input_dim': 512}, 'input_dim must be the number of features of the extractor, 16, got 512'),
     ({'set_size': 201}, 'sets of 201 take 200 images of a class'),
-    (
-        {'batch_size': 10_000},
-        'batch_size must be at most the number of training samples',
-    ),
+    ({'batch_size': 10_000}, 'batch_size must be at most the number of training samples'),
     ({'learning_rate': 0.1}, "unexpected keyword argument 'learning_rate'"),
 ]
 
@@ -534,9 +456,7 @@ def test_the_command_reports_and_leaves_its_figures(folder, monkeypatch, capsys)
         'DeepSets',
     ]
     (run,) = (folder / 'out').glob('SetAnomalyTask/anomaly_model-*/run-*')
-    assert {'attention_maps.png', 'mistakes.png', 'sets.png'} <= {
-        p.name for p in run.iterdir()
-    }
+    assert {'attention_maps.png', 'mistakes.png', 'sets.png'} <= {p.name for p in run.iterdir()}
     assert {'best.ckpt', 'last.ckpt', 'result.json'} <= {p.name for p in run.iterdir()}
     assert main([*options.split(), '--out-dir', str(folder / 'out')]) == 0
     assert capsys.readouterr().out.startswith('found a model trained for ')
@@ -551,9 +471,7 @@ USAGE = [
 ]
 
 
-@pytest.mark.parametrize(
-    'argv, message', USAGE, ids=[' '.join(argv) for argv, _ in USAGE]
-)
+@pytest.mark.parametrize('argv, message', USAGE, ids=[' '.join(argv) for argv, _ in USAGE])
 def test_usage_errors_name_the_option(argv, message, folder, capsys):
     assert main([*argv, '--no-progress']) == 2
     assert message in capsys.readouterr().err and not list(folder.iterdir())
@@ -561,11 +479,7 @@ def test_usage_errors_name_the_option(argv, message, folder, capsys):
 
 def test_offline_the_published_setting_names_the_way_without_a_network(tmp_path):
     proxy = 'http://127.0.0.1:9'
-    env = os.environ | {
-        'PATH_DATASETS': str(tmp_path),
-        'https_proxy': proxy,
-        'HTTPS_PROXY': proxy,
-    }
+    env = os.environ | {'PATH_DATASETS': str(tmp_path), 'https_proxy': proxy, 'HTTPS_PROXY': proxy}
     argv = [COMMAND, '--data', 'cifar100', '--no-progress']
     run = subprocess.run(argv, env=env, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ''
@@ -646,9 +560,7 @@ def test_killed_in_mid_epoch_it_ends_with_the_same_weights(whole, tmp_path, data
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not list(tmp_path.rglob('result.json'))
-    assert results(start(tmp_path, data)) == [
-        whole[1]
-    ]  # sets follow from seed and epoch
+    assert results(start(tmp_path, data)) == [whole[1]]  # sets follow from seed and epoch
     for name, value in weights(whole[0]).items():
         assert torch.equal(value, weights(tmp_path)[name]), name
 

@@ -167,9 +167,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(attention, '_cpu_kernel_fits', lambda *_: False)
     if request.param == 'wider vectors':
         vectors = attention._padding_in_vectors
-        monkeypatch.setattr(
-            attention, '_padding_in_vectors', lambda *args: vectors(*args[:-1], 8)
-        )
+        monkeypatch.setattr(attention, '_padding_in_vectors', lambda *args: vectors(*args[:-1], 8))
     return request.param
 
 
@@ -186,9 +184,7 @@ def test_fused_is_explicit(g, way, backend):
 
 
 @pytest.mark.parametrize('lead', [(4,), (4, 2), (4, 2, 3)])
-@pytest.mark.parametrize(
-    'sizes', [dict(), dict(Tq=9), dict(Tq=3), dict(d_v=6), dict(d=1, d_v=1)]
-)
+@pytest.mark.parametrize('sizes', [dict(), dict(Tq=9), dict(Tq=3), dict(d_v=6), dict(d=1, d_v=1)])
 def test_causal_and_padded(g, way, lead, sizes):
     masks = dict(key_padding_mask=torch.tensor(PAD), is_causal=True)
     inputs = qkv(g, *lead, **sizes)
@@ -248,9 +244,7 @@ def test_causal_and_padded_builds_no_matrix(g, way):
         def __torch_dispatch__(self, f, types, args=(), kwargs=None):
             out = f(*args, **(kwargs or {}))
             sizes.extend(
-                x.numel()
-                for x in torch.utils._pytree.tree_leaves(out)
-                if torch.is_tensor(x)
+                x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x)
             )
             return out
 
@@ -264,11 +258,7 @@ def test_causal_and_padded_builds_no_matrix(g, way):
 # Second derivatives and forward mode
 
 
-HIGHER = [
-    dict(),
-    dict(is_causal=True),
-    dict(key_padding_mask=torch.tensor([[1, 0, 1], [0, 1, 0]])),
-]
+HIGHER = [dict(), dict(is_causal=True), dict(key_padding_mask=torch.tensor([[1, 0, 1], [0, 1, 0]]))]
 
 
 @pytest.mark.parametrize('masks', [*HIGHER, HIGHER[1] | HIGHER[2]])
@@ -344,16 +334,11 @@ def test_sizes_cannot_be_confused(g, explicit):
 @pytest.mark.parametrize('causal', [False, True])
 def test_module_in_half_precision(g, dtype, causal):
     pad = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]])
-    mha, x = (
-        MultiheadAttention(8, 16, 4).to(dtype),
-        torch.randn(2, 4, 8, generator=g).to(dtype),
-    )
+    mha, x = (MultiheadAttention(8, 16, 4).to(dtype), torch.randn(2, 4, 8, generator=g).to(dtype))
     masks = dict(key_padding_mask=pad, is_causal=causal)
     for out in [mha(x, **masks), mha(x, None, True, **masks)[0]]:
         assert out.dtype == dtype
-        assert_close(
-            out[1], mha.o_proj.bias.expand(4, 16)
-        )  # nothing seen: only the bias is left
+        assert_close(out[1], mha.o_proj.bias.expand(4, 16))  # nothing seen: only the bias is left
         out.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in mha.parameters())
     with torch.autocast('cpu', dtype=dtype):
@@ -399,9 +384,7 @@ class Doubled(nn.Module):
 
 
 CHANGES = {
-    'a forward hook': lambda mha: mha.qkv_proj.register_forward_hook(
-        lambda m, i, o: 2 * o
-    ),
+    'a forward hook': lambda mha: mha.qkv_proj.register_forward_hook(lambda m, i, o: 2 * o),
     'a forward pre-hook': lambda mha: mha.qkv_proj.register_forward_pre_hook(
         lambda m, i: (2 * i[0],)
     ),
@@ -410,9 +393,7 @@ CHANGES = {
         mha.qkv_proj, 'weight', Doubled()
     ),
     'weight norm': lambda mha: parametrizations.weight_norm(mha.qkv_proj),
-    'another layer': lambda mha: setattr(
-        mha, 'qkv_proj', nn.Sequential(mha.qkv_proj, Doubled())
-    ),
+    'another layer': lambda mha: setattr(mha, 'qkv_proj', nn.Sequential(mha.qkv_proj, Doubled())),
 }
 
 
@@ -465,18 +446,14 @@ def test_compiled_code_refuses_other_integers(g, compiled):
     x = torch.randn(2, 5, 8, generator=g)
     for call in [dict(mask=2 * EYE.int()), dict(mask=EYE, key_padding_mask=-HALF)]:
         for f in compiled:
-            with pytest.raises(
-                (ValueError, RuntimeError), match='integers other than 0 and 1'
-            ):
+            with pytest.raises((ValueError, RuntimeError), match='integers other than 0 and 1'):
                 f(x, **call)
 
 
 # The same as PyTorch's
 
 
-@pytest.mark.parametrize(
-    'B, T, E, H', [(1, 1, 4, 1), (2, 5, 12, 3), (4, 4, 8, 4), (3, 17, 32, 8)]
-)
+@pytest.mark.parametrize('B, T, E, H', [(1, 1, 4, 1), (2, 5, 12, 3), (4, 4, 8, 4), (3, 17, 32, 8)])
 def test_parity_with_torch(g, B, T, E, H):
     ours = MultiheadAttention(E, E, H)
     for p in ours.parameters():
@@ -522,11 +499,7 @@ def test_gradients_of_weights_are_torchs(g):
     theirs = to_torch(ours)
     ours(x).square().sum().backward()
     theirs(x, x, x)[0].square().sum().backward()
-    grad = (
-        ours.qkv_proj.weight.grad.view(H, 3, E // H, E)
-        .transpose(0, 1)
-        .reshape(3 * E, E)
-    )
+    grad = ours.qkv_proj.weight.grad.view(H, 3, E // H, E).transpose(0, 1).reshape(3 * E, E)
     assert_close(grad, theirs.in_proj_weight.grad)
     assert_close(ours.o_proj.weight.grad, theirs.out_proj.weight.grad)
 
@@ -575,10 +548,7 @@ def test_options_of_torch_that_are_refused(name):
 
 @pytest.mark.parametrize('change', CHANGES)
 def test_changed_modules_are_refused(change):
-    ours, theirs = (
-        MultiheadAttention(8, 8, 2),
-        nn.MultiheadAttention(8, 2, batch_first=True),
-    )
+    ours, theirs = (MultiheadAttention(8, 8, 2), nn.MultiheadAttention(8, 2, batch_first=True))
     CHANGES[change](ours)
     with pytest.raises(ValueError, match='its qkv_proj (is a|has hooks)'):
         to_torch(ours)
@@ -606,9 +576,7 @@ def test_other_modules_are_refused():
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             to_torch(module)
-    with pytest.raises(
-        TypeError, match='from_torch takes a torch.nn.MultiheadAttention'
-    ):
+    with pytest.raises(TypeError, match='from_torch takes a torch.nn.MultiheadAttention'):
         from_torch(nn.Linear(2, 2))
 
 
@@ -620,41 +588,23 @@ def refused():
     mha, x = MultiheadAttention(4, 8, 2), torch.zeros(2, 5, 4)
     sdp = scaled_dot_product
     return [
-        (
-            lambda: sdp([[1.0]], q, q),
-            'q must be a floating tensor [..., T, d], got list',
-        ),
+        (lambda: sdp([[1.0]], q, q), 'q must be a floating tensor [..., T, d], got list'),
         (lambda: sdp(q.int(), q, q), 'got torch.int32'),
         (lambda: sdp(q[0, 0], q, q), 'q must have the shape [..., T, d], got [4]'),
         (lambda: sdp(q, torch.zeros(2, 3, 5), q), 'must agree in d_k'),
-        (
-            lambda: sdp(q, q, torch.zeros(2, 4, 4)),
-            'got [2, 3, 4], [2, 3, 4] and [2, 4, 4]',
-        ),
+        (lambda: sdp(q, q, torch.zeros(2, 4, 4)), 'got [2, 3, 4], [2, 3, 4] and [2, 4, 4]'),
         (lambda: sdp(q, q, q, dropout_p=1.0), 'dropout_p must be in [0, 1), got 1.0'),
         (lambda: fused_attention(q, q[:1], q), 'all leading dimensions'),
-        (
-            lambda: sdp(q, q, q, mask=2 * torch.eye(3).int()),
-            'integers other than 0 and 1',
-        ),
+        (lambda: sdp(q, q, q, mask=2 * torch.eye(3).int()), 'integers other than 0 and 1'),
         (lambda: sdp(q, q, q, mask=[[True]]), 'mask must be a tensor, got list'),
         (
             lambda: sdp(q[0], q[0], q[0], key_padding_mask=torch.ones(2, 3) > 0),
             'key_padding_mask must have the shape [B, Tk]',
         ),
         (lambda: MultiheadAttention(0, 8, 2), 'input_dim must be at least 1, got 0'),
-        (
-            lambda: MultiheadAttention(4, 8, 3),
-            'embed_dim must be a multiple of num_heads',
-        ),
-        (
-            lambda: MultiheadAttention(4, 8.0, 2),
-            'embed_dim must be an integer, got 8.0',
-        ),
-        (
-            lambda: MultiheadAttention(4, 8, 2, dropout=-0.1),
-            'dropout must be in [0, 1), got -0.1',
-        ),
+        (lambda: MultiheadAttention(4, 8, 3), 'embed_dim must be a multiple of num_heads'),
+        (lambda: MultiheadAttention(4, 8.0, 2), 'embed_dim must be an integer, got 8.0'),
+        (lambda: MultiheadAttention(4, 8, 2, dropout=-0.1), 'dropout must be in [0, 1), got -0.1'),
         (lambda: mha(x[..., :3]), 'x must have the shape [B, T, 4], got [2, 5, 3]'),
         (lambda: mha(x[0]), 'got [5, 4]'),
         (
@@ -701,9 +651,7 @@ def test_advice_fits_the_values(values, advice):
     assert advice in str(error.value)
 
 
-@pytest.mark.parametrize(
-    'name, shape', [('mask', (5, 5)), ('key_padding_mask', (2, 5))]
-)
+@pytest.mark.parametrize('name, shape', [('mask', (5, 5)), ('key_padding_mask', (2, 5))])
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('explicit', [False, True])
 def test_a_mask_elsewhere_is_named_with_both_devices(name, shape, causal, explicit):

@@ -27,17 +27,11 @@ def notebook(*cells):
     for n, (kind, source) in enumerate(cells):
         cell = {'cell_type': kind, 'id': f'cell-{n}', 'metadata': {}, 'source': source}
         if kind == 'code':
-            picture = {
-                'output_type': 'display_data',
-                'metadata': {},
-                'data': {'image/png': ''},
-            }
+            picture = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/png': ''}}
             outputs = [picture] if 'draw()' in source else []
             cell |= {'execution_count': None, 'outputs': outputs}
         out.append(cell)
-    return json.dumps(
-        {'cells': out, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}
-    )
+    return json.dumps({'cells': out, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5})
 
 
 FILES = {
@@ -116,21 +110,11 @@ def test_nothing_is_wrong_before_something_is_planted(repo):
 FIRST, INDEX = 'nbs/00_first.ipynb', 'nbs/index.ipynb'
 PLANTED = [  # file, what stands there, what is put in its place, what the problem says
     (FIRST, 'images/one.png', 'images/two.png', "'images/two.png' leads to no file"),
-    (
-        FIRST,
-        '(index.ipynb#',
-        '(00_index.ipynb#',
-        "'00_index.ipynb#tables-of-contents' leads to no",
-    ),
+    (FIRST, '(index.ipynb#', '(00_index.ipynb#', "'00_index.ipynb#tables-of-contents' leads to no"),
     (FIRST, '#tables-of', '#table-of', 'leads to no section or label of index.ipynb'),
     (FIRST, '(#sec-end)', '(#sec-start)', "'#sec-start' leads to no section or label"),
     (FIRST, '(index.ipynb#tables-of-contents)', '(../LICENSE)', 'leads out of nbs'),
-    (
-        FIRST,
-        'https://quarto',
-        'http://quarto',
-        "'http://quarto.org/a_(b)' is not an https address",
-    ),
+    (FIRST, 'https://quarto', 'http://quarto', "'http://quarto.org/a_(b)' is not an https address"),
     (FIRST, 'https://quarto.org/', 'https://quarto.org/ ', 'is not an address'),
     (FIRST, 'https://quarto.org/a_(b)', '', "the link '' leads nowhere"),
     (INDEX, 'meta repo-url', 'meta website.repo-url', 'is not an address'),
@@ -143,54 +127,22 @@ PLANTED = [  # file, what stands there, what is put in its place, what the probl
     (FIRST, '@fig-first', '@fig-second', '@fig-second has no label in this notebook'),
     (FIRST, '@eq-first', '@eq-second', '@eq-second has no label in this notebook'),
     (FIRST, '@eq-first', '@sec-end', '@sec-end needs numbered sections'),
-    (
-        FIRST,
-        '{#sec-end}',
-        '{#sec-end}\n### Again {#sec-end}',
-        'the label sec-end stands 2 times',
-    ),
+    (FIRST, '{#sec-end}', '{#sec-end}\n### Again {#sec-end}', 'the label sec-end stands 2 times'),
     (FIRST, '#| fig-cap: "As in @second2001."\n', '', 'fig-first has no fig-cap'),
     (FIRST, '#| fig-alt: A line\n', '', 'its figure has no fig-alt'),
-    (
-        FIRST,
-        '"As in @second2001."',
-        'As in: here',
-        "'#| fig-cap: As in: here' is not YAML",
-    ),
-    (
-        FIRST,
-        'As in @second2001.',
-        'As in @third2003.',
-        '@third2003 is not in nbs/references.bib',
-    ),
+    (FIRST, '"As in @second2001."', 'As in: here', "'#| fig-cap: As in: here' is not YAML"),
+    (FIRST, 'As in @second2001.', 'As in @third2003.', '@third2003 is not in nbs/references.bib'),
     (FIRST, '\n\n> description', '', "cell 1: must begin with '# Title'"),
-    (
-        FIRST,
-        'default_exp first',
-        'default_exp last',
-        "module it is named after, found ['last']",
-    ),
+    (FIRST, 'default_exp first', 'default_exp last', "module it is named after, found ['last']"),
     (FIRST, 'tut.tools', 'tut.second', '00_first must not import 01_second'),
-    (
-        'nbs/90_tools.ipynb',
-        'import math',
-        'from transformers_tut import first',
-        'import 00_first',
-    ),
+    ('nbs/90_tools.ipynb', 'import math', 'from transformers_tut import first', 'import 00_first'),
     (FIRST, 'return hammer', 'return hammer\ndef two(): pass', 'defines one and two'),
     (FIRST, 'a hammer', 'a `hammer`', 'write hammer without backticks in a comment'),
-    (
-        FIRST,
-        '#| exports\n',
-        '#| exports\n' + 'import os\n' * 4,
-        'imports before the idea',
-    ),
+    (FIRST, '#| exports\n', '#| exports\n' + 'import os\n' * 4, 'imports before the idea'),
 ]
 
 
-@pytest.mark.parametrize(
-    'name, old, new, message', PLANTED, ids=[p[-1] for p in PLANTED]
-)
+@pytest.mark.parametrize('name, old, new, message', PLANTED, ids=[p[-1] for p in PLANTED])
 def test_a_planted_error_is_reported(repo, name, old, new, message):
     text = FILES[name]
     if name.endswith('.ipynb'):  # as it stands in its cells

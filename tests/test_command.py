@@ -13,9 +13,7 @@ import pytest
 
 from transformers_tut.settings import run_name
 
-on_linux = pytest.mark.skipif(
-    sys.platform != 'linux', reason='needs /dev/full and /proc'
-)
+on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs /dev/full and /proc')
 
 # a command that does one of several things, and none of them slowly
 TOY = """
@@ -107,9 +105,7 @@ def test_a_signal_ends_it_with_a_sentence_and_its_status(toy, number, status, wo
 
 
 def test_whoever_reads_may_leave(toy):
-    process = subprocess.Popen(
-        [*toy, 'print'], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([*toy, 'print'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b''
@@ -117,9 +113,7 @@ def test_whoever_reads_may_leave(toy):
 
 
 @on_linux
-@pytest.mark.parametrize(
-    'options', [['print'], ['print', '--help']], ids=['run', 'help']
-)
+@pytest.mark.parametrize('options', [['print'], ['print', '--help']], ids=['run', 'help'])
 def test_a_full_disk_behind_stdout_is_one_sentence(toy, options):
     with open('/dev/full', 'w') as full:
         ended = run(*toy, *options, stdout=full)
@@ -159,10 +153,7 @@ WRONG = [
     ('--threads -1', 'threads must be at least 0, got -1'),
     ('--devices 99', 'devices must be from 1 to'),
     ('--devices two', 'devices must be a number'),
-    (
-        '--seed 4000000000000000000',
-        'seed must be at most 4294967295, got 4000000000000000000',
-    ),
+    ('--seed 4000000000000000000', 'seed must be at most 4294967295, got 4000000000000000000'),
     ('--seed many', 'many'),
     ('--action', 'action'),
     ('--colour red', 'colour'),
@@ -180,9 +171,7 @@ def test_wrong_options_are_named(toy_main, capsys, words, message):
 def test_ctrl_c_while_importing(tmp_path):
     entry = tmp_path / 'tut_reverse'
     entry.write_text('from transformers_tut.settings import run_command; run_command()')
-    process = subprocess.Popen(
-        [sys.executable, entry, '--help'], stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, entry, '--help'], stderr=subprocess.PIPE, text=True)
     maps = Path(f'/proc/{process.pid}/maps')
     while 'libtorch' not in maps.read_text():
         time.sleep(0.01)
@@ -192,15 +181,10 @@ def test_ctrl_c_while_importing(tmp_path):
     assert_one_sentence(err, 'tut_reverse: interrupted')
 
 
-TASK = [
-    ('--model-dim 1000000000000', 1, 'not enough memory'),
-    ('--lr -1', 2, 'lr must be'),
-]
+TASK = [('--model-dim 1000000000000', 1, 'not enough memory'), ('--lr -1', 2, 'lr must be')]
 
 
-@pytest.mark.parametrize(
-    'words, status, message', TASK, ids=[words for words, *_ in TASK]
-)
+@pytest.mark.parametrize('words, status, message', TASK, ids=[words for words, *_ in TASK])
 def test_a_task_names_what_is_wrong(tmp_path, capsys, words, status, message):
     from transformers_tut.reverse import main
 
@@ -215,9 +199,7 @@ def test_runs_trained_earlier_are_found_again():
     from transformers_tut.anomaly import AnomalySettings
     from transformers_tut.reverse import ReverseSettings
 
-    small = dict(
-        standardize=True, model_dim=128, num_layers=2, dropout=0.0, input_dropout=0.0
-    )
+    small = dict(standardize=True, model_dim=128, num_layers=2, dropout=0.0, input_dropout=0.0)
     fast = AnomalySettings(**small, norm_first=True, lr=2e-3, epochs=6)
     assert run_name(ReverseSettings()) == 'run-05455538'
     assert run_name(ReverseSettings(lr=5e-3, epochs=2)) == 'run-b368f809'

@@ -179,9 +179,7 @@ def test_maps_are_those_of_the_pass_whatever_is_attached(x, change, norm_first):
 
 
 @pytest.mark.parametrize('norm_first', [False, True])
-@pytest.mark.parametrize(
-    'B, T, D, H', [(1, 1, 4, 1), (2, 5, 12, 3), (4, 4, 8, 4), (3, 9, 32, 8)]
-)
+@pytest.mark.parametrize('B, T, D, H', [(1, 1, 4, 1), (2, 5, 12, 3), (4, 4, 8, 4), (3, 9, 32, 8)])
 def test_parity_with_torch(g, B, T, D, H, norm_first):
     ours = EncoderBlock(D, H, 2 * D, norm_first=norm_first)
     for name, p in ours.named_parameters():
@@ -211,33 +209,19 @@ def test_gradients_of_weights_are_torchs(g):
     theirs, x = to_torch(ours), torch.randn(2, 3, 8, generator=g, dtype=torch.float64)
     ours(x).pow(3).sum().backward()
     theirs(x).pow(3).sum().backward()
-    for a, b in [
-        ('linear_net.0', 'linear1'),
-        ('linear_net.3', 'linear2'),
-        ('norm1', 'norm1'),
-    ]:
+    for a, b in [('linear_net.0', 'linear1'), ('linear_net.3', 'linear2'), ('norm1', 'norm1')]:
         a, b = ours.get_submodule(a), theirs.get_submodule(b)
         assert_close(a.weight.grad, b.weight.grad)
-    assert_close(
-        ours.self_attn.o_proj.weight.grad, theirs.self_attn.out_proj.weight.grad
-    )
+    assert_close(ours.self_attn.o_proj.weight.grad, theirs.self_attn.out_proj.weight.grad)
 
 
 @pytest.mark.parametrize('activation', ['relu', torch.relu, nn.ReLU()])
 def test_layers_of_torch_with_all_their_options(x, activation):
     layer = nn.TransformerEncoderLayer(
-        16,
-        4,
-        24,
-        dropout=0.25,
-        layer_norm_eps=1e-3,
-        batch_first=True,
-        activation=activation,
+        16, 4, 24, dropout=0.25, layer_norm_eps=1e-3, batch_first=True, activation=activation
     ).eval()
     block = from_torch(layer)
-    assert (block.dropout.p, block.linear_net[1].p, block.self_attn.dropout) == (
-        0.25,
-    ) * 3
+    assert (block.dropout.p, block.linear_net[1].p, block.self_attn.dropout) == (0.25,) * 3
     assert (block.norm1.eps, block.norm2.eps, block.training) == (1e-3, 1e-3, False)
     with torch.no_grad():
         assert_close(block(x), layer(x), **CLOSE)
@@ -258,11 +242,7 @@ def test_each_part_keeps_its_options(x):
     assert torch.equal(torch.get_rng_state(), before)  # no random numbers are drawn
     dropouts = layer.dropout, layer.dropout1, layer.dropout2, layer.self_attn.dropout
     assert [getattr(p, 'p', p) for p in dropouts] == [0.2, 0.1, 0.1, 0.3]
-    assert [layer.training, layer.dropout1.training, layer.dropout.training] == [
-        True,
-        False,
-        True,
-    ]
+    assert [layer.training, layer.dropout1.training, layer.dropout.training] == [True, False, True]
     assert not layer.linear1.weight.requires_grad and layer.linear2.weight.requires_grad
     assert layer.norm2.weight.dtype == torch.float64
     assert layer.norm1.weight is None and layer.norm1.eps == 1e-2
@@ -280,9 +260,7 @@ def test_each_part_keeps_its_options(x):
 def test_faster_dropout_becomes_plain():
     block = faster(EncoderBlock(**ARGS, dropout=0.1))
     layer = to_torch(block)
-    assert {type(m) for m in (layer.dropout, layer.dropout1, layer.dropout2)} == {
-        nn.Dropout
-    }
+    assert {type(m) for m in (layer.dropout, layer.dropout1, layer.dropout2)} == {nn.Dropout}
     assert layer.dropout.p == 0.1
 
 
@@ -294,9 +272,7 @@ NOT_TAKEN = {
     'its activation is a LeakyReLU': lambda: nn.TransformerEncoderLayer(
         8, 2, activation=nn.LeakyReLU(), batch_first=True
     ),
-    'bias=False': lambda: nn.TransformerEncoderLayer(
-        8, 2, bias=False, batch_first=True
-    ),
+    'bias=False': lambda: nn.TransformerEncoderLayer(8, 2, bias=False, batch_first=True),
 }
 
 
@@ -321,9 +297,7 @@ REPLACED = {
 def test_replaced_parts_of_torch_are_refused(name):
     layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
     layer.set_submodule(name, REPLACED[name])
-    with pytest.raises(
-        ValueError, match=f'its {name} is a {type(REPLACED[name]).__name__}'
-    ):
+    with pytest.raises(ValueError, match=f'its {name} is a {type(REPLACED[name]).__name__}'):
         from_torch(layer)
 
 
@@ -345,15 +319,9 @@ OURS_CHANGED = {
     'linear_net.3 has bias=False': lambda b: b.set_submodule(
         'linear_net.3', nn.Linear(16, 8, bias=False)
     ),
-    'linear_net.3 has hooks': lambda b: b.linear_net[3].register_forward_hook(
-        lambda *_: None
-    ),
-    'self_attn has hooks': lambda b: b.self_attn.register_full_backward_hook(
-        lambda *_: None
-    ),
-    'self_attn.qkv_proj is a Parametrized': lambda b: CHANGES['a parametrisation'](
-        b.self_attn
-    ),
+    'linear_net.3 has hooks': lambda b: b.linear_net[3].register_forward_hook(lambda *_: None),
+    'self_attn has hooks': lambda b: b.self_attn.register_full_backward_hook(lambda *_: None),
+    'self_attn.qkv_proj is a Parametrized': lambda b: CHANGES['a parametrisation'](b.self_attn),
     'self_attn.qkv_proj has hooks': lambda b: CHANGES['pruning'](b.self_attn),
 }
 
@@ -362,9 +330,7 @@ OURS_CHANGED = {
 def test_changed_blocks_are_refused(message):
     block = EncoderBlock(8, 2, 16)
     OURS_CHANGED[message](block)
-    with pytest.raises(
-        ValueError, match=f'EncoderBlock cannot be carried over: its {message}'
-    ):
+    with pytest.raises(ValueError, match=f'EncoderBlock cannot be carried over: its {message}'):
         to_torch(block)
 
 
@@ -386,28 +352,16 @@ def refused():
     x, pad = torch.zeros(2, 3, 8), torch.ones(3, dtype=torch.bool)
     return [
         (lambda: EncoderBlock(8, 3, 16), 'embed_dim must be a multiple of num_heads'),
-        (
-            lambda: EncoderBlock(8, 2, 16, norm_first='post'),
-            "True or False, got 'post'",
-        ),
+        (lambda: EncoderBlock(8, 2, 16, norm_first='post'), "True or False, got 'post'"),
         (lambda: EncoderBlock(8, 2, 0), 'dim_feedforward must be at least 1, got 0'),
-        (
-            lambda: EncoderBlock(8, 2, 16, dropout=1.5),
-            'dropout must be in [0, 1), got 1.5',
-        ),
+        (lambda: EncoderBlock(8, 2, 16, dropout=1.5), 'dropout must be in [0, 1), got 1.5'),
         (
             lambda: EncoderBlock(8, 2, 16, attention_dropout=None),
             'attention_dropout must be a number, got None',
         ),
         (lambda: TransformerEncoder(0, **ARGS), 'num_layers must be at least 1, got 0'),
-        (
-            lambda: TransformerEncoder('2', **ARGS),
-            "num_layers must be an integer, got '2'",
-        ),
-        (
-            lambda: TransformerEncoder(2, num_head=2),
-            "unexpected keyword argument 'num_head'",
-        ),
+        (lambda: TransformerEncoder('2', **ARGS), "num_layers must be an integer, got '2'"),
+        (lambda: TransformerEncoder(2, num_head=2), "unexpected keyword argument 'num_head'"),
         (lambda: encoder(x[..., :4]), 'x must have the shape [B, T, 8], got [2, 3, 4]'),
         (lambda: encoder(x.int()), 'got torch.int32'),
         (lambda: encoder(x, torch.zeros(3, 3)), 'True = attend, got torch.float32'),

@@ -101,9 +101,7 @@ def test_fake_meta_and_nested_tensors():
     with FakeTensorMode() as mode:
         assert Dropout()(mode.from_tensor(torch.ones(2, MANY))).shape == (2, MANY)
     assert Dropout()(torch.ones(MANY, device='meta')).shape == (MANY,)
-    nested = torch.nested.nested_tensor(
-        [torch.ones(MANY), torch.ones(5)], layout=torch.jagged
-    )
+    nested = torch.nested.nested_tensor([torch.ones(MANY), torch.ones(5)], layout=torch.jagged)
     assert Dropout()(nested).is_nested
 
 
@@ -138,10 +136,7 @@ SHAPES = [  # of logits and of targets
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
 def test_the_loss_is_pytorchs(shape, target_shape, reduction):
     classes = shape[1] if len(shape) > 1 else shape[0]
-    logits, target = (
-        torch.randn(shape, dtype=torch.float64),
-        torch.randint(classes, target_shape),
-    )
+    logits, target = (torch.randn(shape, dtype=torch.float64), torch.randint(classes, target_shape))
     for options in [
         {},
         dict(label_smoothing=0.1),

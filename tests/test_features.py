@@ -25,6 +25,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.models import resnet34
+from torchvision.transforms import v2
 
 from transformers_tut import features
 from transformers_tut.features import (
@@ -43,9 +44,7 @@ from transformers_tut.settings import Machine
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = Machine('cpu', progress=False)
 GENERATOR = torch.Generator().manual_seed(0)
-PICTURES = torch.randint(
-    256, (50, 3, 8, 8), dtype=torch.uint8, generator=GENERATOR
-)  # [N, C, H, W]
+PICTURES = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=GENERATOR)  # [N, C, H, W]
 GREY = Image.fromarray(PICTURES[0, 0].numpy())
 
 
@@ -249,9 +248,7 @@ def pre_hook(factor, model):
 
 
 def parametrise(factor, model):
-    torch.nn.utils.parametrize.register_parametrization(
-        model.conv, 'weight', Times(factor)
-    )
+    torch.nn.utils.parametrize.register_parametrization(model.conv, 'weight', Times(factor))
 
 
 def set_attribute(factor, model):
@@ -268,9 +265,7 @@ def keep_an_object(factor, model):
 
 
 def exchange_forward(factor, model):
-    model.forward = functools.partial(
-        lambda x, by: by * Net.forward(model, x), by=factor
-    )
+    model.forward = functools.partial(lambda x, by: by * Net.forward(model, x), by=factor)
 
 
 def closure_forward(factor, model):
@@ -320,14 +315,7 @@ class Model(Net):
     def extra(self):
         return {extra}
 """
-CODE = {
-    'scale': 1.0,
-    'factor': 1.0,
-    'limits': [1, 2],
-    'extra': 3,
-    'text': '',
-    'comment': '',
-}
+CODE = {'scale': 1.0, 'factor': 1.0, 'limits': [1, 2], 'extra': 3, 'text': '', 'comment': ''}
 
 
 def written(**kwargs):
@@ -363,9 +351,7 @@ def test_keys_are_the_same_in_every_process():
     seen = set()
     for seed in ('1', '2'):
         env = os.environ | {'PYTHONHASHSEED': seed, 'PYTHONPATH': str(ROOT)}
-        run = subprocess.run(
-            [sys.executable, '-c', text], env=env, capture_output=True, text=True
-        )
+        run = subprocess.run([sys.executable, '-c', text], env=env, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         seen.add(run.stdout)
     assert len(seen) == 1
@@ -435,25 +421,17 @@ def test_old_parts_are_noticed_by_their_rows(tmp_path, monkeypatch):
 
 def brighten_one(image, number=7):
     "A change of one photograph, which no sample of eight out of thirteen need notice"
-    marked = (
-        np.asarray(image).tobytes()
-        == PICTURES[number].permute(1, 2, 0).numpy().tobytes()
-    )
+    marked = np.asarray(image).tobytes() == PICTURES[number].permute(1, 2, 0).numpy().tobytes()
     return image.point(lambda value: value // 2) if marked else image
 
 
 def test_transforms_are_looked_into(photos):
     one, other = (functools.partial(brighten_one, number=i) for i in (5, 8))
-    kinds = [
-        {},
-        {'transform': one},
-        {'transform': other},
-        {'transform': transforms.Resize(4)},
-    ]
-    kinds += [
-        {'transform': transforms.Resize(5)},
-        {'loader': lambda path: Image.open(path)},
-    ]
+    kinds = [{}, {'transform': one}, {'transform': other}, {'transform': transforms.Resize(4)}]
+    kinds += [{'transform': transforms.Resize(5)}, {'loader': lambda path: Image.open(path)}]
+    for wrap in (transforms.Compose, v2.Compose):
+        kinds += [{'transform': wrap([one])}, {'transform': wrap([other])}]
+    kinds += [{'transform': v2.Lambda(one)}, {'transform': v2.Lambda(other)}]
     keys = [features._data_key(photos(**kwargs)) for kwargs in kinds]
     assert len(set(keys)) == len(keys)
     assert keys == [features._data_key(photos(**kwargs)) for kwargs in kinds]
@@ -466,10 +444,7 @@ def test_parts_of_datasets_keep_their_transforms(photos):
         inner = Subset(photos(**kwargs), range(12, 0, -1))
         return [Subset(inner, [7, 2, 1]), ConcatDataset([inner, photos()])]
 
-    plain, changed = (
-        nested(),
-        nested(transform=functools.partial(brighten_one, number=8)),
-    )
+    plain, changed = (nested(), nested(transform=functools.partial(brighten_one, number=8)))
     keys = [features._data_key(dataset) for dataset in plain + changed]
     assert len(set(keys)) == 4
     again = [features._data_key(dataset) for dataset in nested()]
@@ -494,12 +469,7 @@ def test_unknown_datasets_are_read_as_they_come():
             image, label = super().__getitem__(i)
             return (255 - image if i == 17 else image), label
 
-    others = [
-        Items(one_pixel),
-        Items(PICTURES[:49]),
-        Hidden(),
-        Subset(Items(), range(49)),
-    ]
+    others = [Items(one_pixel), Items(PICTURES[:49]), Hidden(), Subset(Items(), range(49))]
     others.append(Items(transform=lambda x: 255 - x))
     assert len({key, *map(features._data_key, others)}) == 6
     pairs = [(image, 0) for image in PICTURES]
@@ -729,25 +699,19 @@ def test_offline(small_cifar, tmp_path, monkeypatch):
     message = 'needs a network connection, once; offline, the picture set needs none'
     with pytest.raises(ConnectionError, match=message):
         cifar100(tmp_path / 'not there', progress=False)
-    assert (
-        len(cifar100(tmp_path / 'there', progress=False)) == 6
-    )  # what is there serves on
+    assert len(cifar100(tmp_path / 'there', progress=False)) == 6  # what is there serves on
     (tmp_path / 'there/cifar-100-python/train').write_bytes(b'damaged')
     assert len(cifar100(tmp_path / 'there', progress=False)) == 6  # unpacked again
 
 
-def test_a_folder_that_cannot_be_written_is_no_matter_of_the_network(
-    small_cifar, tmp_path
-):
+def test_a_folder_that_cannot_be_written_is_no_matter_of_the_network(small_cifar, tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError) as error:
         cifar100(tmp_path / 'file', progress=False)
     assert 'network' not in str(error.value)
 
 
-def test_no_pickle_is_opened_that_is_not_the_published_one(
-    small_cifar, tmp_path, monkeypatch
-):
+def test_no_pickle_is_opened_that_is_not_the_published_one(small_cifar, tmp_path, monkeypatch):
     executed = tmp_path / 'executed'
     hostile = pickle.dumps(Payload(executed))
     small_cifar.archive = archive_of(dict.fromkeys(['train', 'test', 'meta'], hostile))
@@ -799,20 +763,14 @@ def images(*batch):
 
 REFUSED = [
     (images(), 'must have one size and dtype, got []'),
-    (
-        images('cat.png'),
-        'a PIL image, or a uint8 or floating tensor [C, H, W], got str',
-    ),
+    (images('cat.png'), 'a PIL image, or a uint8 or floating tensor [C, H, W], got str'),
     (images(torch.ones(3, 4, 4, dtype=torch.int64)), 'got torch.int64'),
     (images(torch.rand(4, 4)), 'must have the shape [C, H, W], got [4, 4]'),
     (images(torch.rand(3, 4, 4), torch.rand(3, 5, 4)), 'must have one size and dtype'),
     (images(torch.rand(3, 8, 8), PICTURES[0]), "('torch.uint8', (3, 8, 8))"),
     (lambda: labels_of(three([1.0, 2.0, 3.0])), 'must be integers, got torch.float32'),
     (lambda: labels_of(three(['cat', 'dog', 'dog'])), 'labels must be integers'),
-    (
-        lambda: labels_of(three([[1, 2]] * 3)),
-        'for each of 3 items, got the shape [3, 2]',
-    ),
+    (lambda: labels_of(three([[1, 2]] * 3)), 'for each of 3 items, got the shape [3, 2]'),
     (lambda: labels_of([GREY, GREY]), 'labels must be integers'),
     (lambda: labels_of([]), 'at least one item, got none'),
     (lambda: features._data_key(Endless()), 'with len() and an index, got Endless'),
@@ -823,10 +781,7 @@ REFUSED = [
         lambda: Preprocess(9, **IMAGENET)(torch.rand(1, 3, 8, 8)),
         'must be uint8 [B, 3, h, w], got torch.float32 [1, 3, 8, 8]',
     ),
-    (
-        lambda: Preprocess(9, **IMAGENET)(PICTURES[:, :1]),
-        'got torch.uint8 [50, 1, 8, 8]',
-    ),
+    (lambda: Preprocess(9, **IMAGENET)(PICTURES[:, :1]), 'got torch.uint8 [50, 1, 8, 8]'),
     (lambda: picture_cnn()(PICTURES[:, :1]), 'images must be uint8 [B, 3, H, W]'),
     (lambda: picture_cnn(''), 'a path must not be empty'),
     (lambda: imagenet_resnet34(7), 'state_dict'),
@@ -850,10 +805,7 @@ BAD_CALLS = [
     ({'dtype': 'float32'}, "got 'float32'"),
     ({'file': '.'}, 'save_file must be a file, got the folder'),
     ({'machine': Machine(strategy='ddp_spawn')}, 'as auto and ddp do, got'),
-    (
-        {'model': Returns(nn.Identity())},
-        'got torch.uint8 [8, 3, 8, 8] for [8, 3, 8, 8]',
-    ),
+    ({'model': Returns(nn.Identity())}, 'got torch.uint8 [8, 3, 8, 8] for [8, 3, 8, 8]'),
     ({'model': nn.Flatten()}, 'must give floating features [B, D]'),
     ({'model': Returns(lambda x: (flat(x), x))}, 'got tuple for [8, 3, 8, 8]'),
     ({'model': Returns(lambda x: flat(x)[:1])}, 'got torch.float32 [1, 192]'),

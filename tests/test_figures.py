@@ -86,8 +86,7 @@ def test_labels_and_titles_are_never_mathematics(side):
     'maps', [WIDE, [WIDE, WIDE.numpy()], WIDE[0].half(), WIDE.bfloat16(), WIDE.double()]
 )
 @pytest.mark.parametrize(
-    'labels',
-    [None, torch.arange(T).expand(1, T), list(range(T)), range(T), np.arange(T)],
+    'labels', [None, torch.arange(T).expand(1, T), list(range(T)), range(T), np.arange(T)]
 )
 def test_kinds_of_labels_and_maps(labels, maps):
     fig = plot_attention_maps(labels, maps, cmap='magma')
@@ -154,16 +153,7 @@ def test_grey_images():
         assert all(np.array_equal(x[..., c], row) for c in range(3))
 
 
-NO_IMAGES = [
-    None,
-    ['a', 'b'],
-    [1, 2],
-    'ab',
-    [],
-    [torch.tensor(1)],
-    torch.zeros(2, 3),
-    np.zeros(3),
-]
+NO_IMAGES = [None, ['a', 'b'], [1, 2], 'ab', [], [torch.tensor(1)], torch.zeros(2, 3), np.zeros(3)]
 
 
 @pytest.mark.parametrize('labels', NO_IMAGES)
@@ -201,9 +191,7 @@ def test_images_stand_at_their_rows_and_columns():
     page = fig.bbox
     boxes = [t.get_window_extent() for ax in panels for t in thumbnails(ax)]
     for i, b in enumerate(boxes):
-        assert (
-            page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1
-        )
+        assert page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1
         assert not any(a.overlaps(b) for a in boxes[:i])
     assert np.ptp([b.width for b in boxes]) < 1e-6 and boxes[0].width > 10
 
@@ -215,15 +203,11 @@ def test_words_that_look_at_pictures_and_the_other_way_round():
     assert (len(thumbnails(ax)), len(ax.patches)) == (T, 1)
     assert [t.get_text() for t in ax.get_yticklabels()] == words
     left, right, low, high = thumbnails(ax)[0].get_extent()
-    assert (low - high) / (right - left) == pytest.approx(
-        24 / 32
-    )  # proportions are kept
+    assert (low - high) / (right - left) == pytest.approx(24 / 32)  # proportions are kept
 
     mixed = [PICTURES[0], PICTURES[1, 0], PICTURES[2].numpy()]
     fig = plot_attention_maps(list('abcdefghij'), WIDE[:, :, :3], queries=mixed)
-    assert [centre(t) for t in thumbnails(fig.axes[0])] == [
-        (-1.15, i) for i in range(3)
-    ]
+    assert [centre(t) for t in thumbnails(fig.axes[0])] == [(-1.15, i) for i in range(3)]
 
 
 def test_idx_picks_the_images():
@@ -236,15 +220,9 @@ def test_idx_picks_the_images():
 # What is refused, by figure and page alike
 
 REFUSED = {
-    'no maps': (
-        (None, []),
-        'attn_maps must hold at least one map [B, H, Tq, Tk], got none',
-    ),
+    'no maps': ((None, []), 'attn_maps must hold at least one map [B, H, Tq, Tk], got none'),
     'a string': ((None, 'maps'), 'attn_maps must be a list of tensors'),
-    'two axes': (
-        (None, torch.zeros(3, 3)),
-        'must have the shape [B, H, Tq, Tk] or [H, Tq, Tk]',
-    ),
+    'two axes': ((None, torch.zeros(3, 3)), 'must have the shape [B, H, Tq, Tk] or [H, Tq, Tk]'),
     'no keys': ((None, WIDE[..., :0]), 'got maps of shape [2, 5, 0]'),
     'nan': ((None, WIDE * float('nan')), 'finite and not below 0, got nan'),
     'infinite': ((None, WIDE * float('inf')), 'finite and not below 0'),
@@ -253,29 +231,14 @@ REFUSED = {
     'idx below': ((None, WIDE, -1), 'idx must be at least 0, got -1'),
     'idx below, no batch': ((None, WIDE[0], -1), 'idx must be at least 0, got -1'),
     'idx a float': ((None, WIDE, 0.0), 'idx must be an integer'),
-    'two shapes': (
-        (None, [WIDE, WIDE[..., :3]]),
-        'all layers must have maps of one shape',
-    ),
-    'few labels': (
-        (['a', 'b'], WIDE),
-        'input_data must have 10 labels, one for each token',
-    ),
-    'a word': (
-        ('abcdefghij', WIDE),
-        'input_data must be a list of labels or images, a tensor',
-    ),
+    'two shapes': ((None, [WIDE, WIDE[..., :3]]), 'all layers must have maps of one shape'),
+    'few labels': ((['a', 'b'], WIDE), 'input_data must have 10 labels, one for each token'),
+    'a word': (('abcdefghij', WIDE), 'input_data must be a list of labels or images, a tensor'),
     'a number': ((7, WIDE), 'got int'),
     'one number': ((torch.tensor(7), WIDE), 'input_data must have 10 labels'),
-    'one PIL image': (
-        (PILS[0], WIDE),
-        'a list of labels or images, a tensor or None, got Image',
-    ),
+    'one PIL image': ((PILS[0], WIDE), 'a list of labels or images, a tensor or None, got Image'),
     'one grey array': ((PICTURES[0, 0].numpy(), WIDE), 'got 32'),
-    'few images': (
-        (PICTURES[:3], WIDE),
-        'input_data must have 10 images, one for each element',
-    ),
+    'few images': ((PICTURES[:3], WIDE), 'input_data must have 10 images, one for each element'),
     'no such set': (
         (torch.stack([PICTURES, PICTURES]), WIDE[0], 2),
         'input_data must have images for sequence 2, got 2 sequences',
@@ -289,10 +252,7 @@ REFUSED = {
     'too bright': ((2 * PICTURES, WIDE), 'floats in [0, 1], got torch.float32 from'),
     'normalised': ((PICTURES - 1, WIDE), 'got torch.float32 from -'),
     'nan images': ((PICTURES * float('nan'), WIDE), 'from nan to nan'),
-    'integers': (
-        (PICTURES.long(), WIDE),
-        'uint8, or of floats in [0, 1], got torch.int64',
-    ),
+    'integers': ((PICTURES.long(), WIDE), 'uint8, or of floats in [0, 1], got torch.int64'),
     'a stranger': (([*PICTURES[:9], 'x'], WIDE), 'got 9 images among 10 elements'),
 }
 

@@ -63,17 +63,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(
-    'expected', [RIGHT, RIGHT[:8], None], ids=['hash', 'digits', 'none']
-)
+@pytest.mark.parametrize('expected', [RIGHT, RIGHT[:8], None], ids=['hash', 'digits', 'none'])
 @pytest.mark.parametrize('file, error, message', BAD, ids=[bad[0] for bad in BAD])
 def test_nothing_wrong_gets_a_name(base, tmp_path, file, error, message, expected):
     if file == 'corrupt' and expected is None:
         pytest.skip('nobody can know')
     with pytest.raises(error, match=message):
-        download(
-            f'{base}/{file}', tmp_path / 'b', expected, timeout=0.2, progress=False
-        )
+        download(f'{base}/{file}', tmp_path / 'b', expected, timeout=0.2, progress=False)
     assert names(tmp_path) == []
 
 
@@ -111,9 +107,7 @@ def test_a_published_file_without_a_known_hash_is_recorded(base, tmp_path, monke
     monkeypatch.setenv('PATH_CHECKPOINT', str(tmp_path))
 
     def get():
-        return published_checkpoint(
-            'SetAnomalyTask.ckpt', url=f'{base}/', progress=False
-        )
+        return published_checkpoint('SetAnomalyTask.ckpt', url=f'{base}/', progress=False)
 
     file = get()
     record = file.with_name('SetAnomalyTask.ckpt.sha256')

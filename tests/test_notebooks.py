@@ -22,9 +22,7 @@ def nbdev(command, *options, cwd, **env):
     "Run a command of nbdev; a process of its own, since nbdev_test lets global state leak"
     program = Path(sys.executable).with_name(command)
     env = os.environ | {name: str(value) for name, value in env.items()}
-    run = subprocess.run(
-        [program, *options], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    run = subprocess.run([program, *options], cwd=cwd, env=env, capture_output=True, text=True)
     assert run.returncode == 0, f'{run.stdout}\n{run.stderr}'
     return run.stdout
 
@@ -40,22 +38,15 @@ def test_notebook(notebook, tmp_path, request):
 
 
 def files(folder):
-    paths = [
-        *(folder / 'nbs').glob('*.ipynb'),
-        *(folder / 'transformers_tut').glob('*.py'),
-    ]
-    return {
-        path.relative_to(folder).as_posix(): path.read_text('utf-8') for path in paths
-    }
+    paths = [*(folder / 'nbs').glob('*.ipynb'), *(folder / 'transformers_tut').glob('*.py')]
+    return {path.relative_to(folder).as_posix(): path.read_text('utf-8') for path in paths}
 
 
 def test_modules_are_what_the_notebooks_export(tmp_path):
     shutil.copytree(ROOT / 'nbs', tmp_path / 'nbs', symlinks=True)
     shutil.copy(ROOT / 'settings.ini', tmp_path)
     (tmp_path / 'transformers_tut').mkdir()
-    shutil.copy(
-        ROOT / 'transformers_tut' / '__init__.py', tmp_path / 'transformers_tut'
-    )
+    shutil.copy(ROOT / 'transformers_tut' / '__init__.py', tmp_path / 'transformers_tut')
     nbdev('nbdev_clean', cwd=tmp_path)
     nbdev('nbdev_export', cwd=tmp_path)
     here, exported = files(ROOT), files(tmp_path)

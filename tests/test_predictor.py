@@ -56,8 +56,7 @@ def test_hyper_parameters_are_plain_numbers():
     kinds = {name: type(value) for name, value in model.hparams.items()}
     floats = {'lr', 'dropout', 'input_dropout'}
     assert kinds == {
-        name: float if name in floats else bool if name == 'norm_first' else int
-        for name in kinds
+        name: float if name in floats else bool if name == 'norm_first' else int for name in kinds
     }
 
 
@@ -76,12 +75,7 @@ def test_adam_is_fused_where_gradients_can_be_clipped_all_the_same(precision, fu
             return logits, torch.zeros(len(logits), dtype=torch.long)
 
     model, data = Task(**ARGS), DataLoader(torch.randn(16, 5, 10), 8)
-    off = [
-        'logger',
-        'enable_progress_bar',
-        'enable_model_summary',
-        'enable_checkpointing',
-    ]
+    off = ['logger', 'enable_progress_bar', 'enable_model_summary', 'enable_checkpointing']
     with quiet():
         trainer = pl.Trainer(
             accelerator='cpu',

@@ -118,9 +118,7 @@ def test_killed_in_mid_epoch_it_ends_with_the_same_weights(whole, tmp_path):
     assert not [path.name for path in tmp_path.rglob('.*')], 'scratch files were left'
 
 
-@pytest.mark.parametrize(
-    ('sent', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-)
+@pytest.mark.parametrize(('sent', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_it_says_how_to_go_on(tmp_path, sent, status):
     process = start(tmp_path)
     wait_for(tmp_path, 'ReverseTask/*/last.ckpt', process)
@@ -165,11 +163,7 @@ def test_fast_stops_when_all_is_right(tmp_path):
 
 def test_published_says_in_one_sentence_that_there_is_no_network(tmp_path):
     nowhere = 'http://127.0.0.1:9'
-    env = {
-        'PATH_CHECKPOINT': str(tmp_path),
-        'https_proxy': nowhere,
-        'HTTPS_PROXY': nowhere,
-    }
+    env = {'PATH_CHECKPOINT': str(tmp_path), 'https_proxy': nowhere, 'HTTPS_PROXY': nowhere}
     run = subprocess.run(
         [COMMAND, '--published', '--no-progress'],
         env=os.environ | env,
@@ -194,10 +188,7 @@ def test_published_says_in_one_sentence_that_there_is_no_network(tmp_path):
         ('--num-heads 3', 'embed_dim must be a multiple of num_heads'),
         ('--dropout 1', 'dropout must be in [0, 1), got 1.0'),
         ('--warmup -1', 'warmup must be at least 0, got -1'),
-        (
-            '--train-size 100',
-            'batch_size must be at most the number of training samples',
-        ),
+        ('--train-size 100', 'batch_size must be at most the number of training samples'),
         ('--gradient-clip-val -1', 'gradient_clip_val must be at least 0, got -1.0'),
         ('--recipe quick', 'quick'),
         ('--devices 0', 'devices'),
@@ -219,19 +210,10 @@ def test_the_command_refuses(arguments, message, tmp_path, capsys):
         (lambda: ReverseDataset(0, 16, 10), 'num_categories must be at least 1, got 0'),
         (lambda: ReverseDataset(10, 1.5, 10), 'seq_len must be an integer, got 1.5'),
         (lambda: ReverseDataset(10, 16, -1), 'size must be at least 1, got -1'),
-        (
-            lambda: ReverseDataset(10, 16, 10, seed=-1),
-            'seed must be at least 0, got -1',
-        ),
+        (lambda: ReverseDataset(10, 16, 10, seed=-1), 'seed must be at least 0, got -1'),
         (lambda: train_reverse(recipe='quick'), 'recipe must be one of'),
-        (
-            lambda: train_reverse(input_dim=10, num_classes=9),
-            'are the same number here',
-        ),
-        (
-            lambda: train_reverse(num_categories=8, input_dim=9),
-            'are the same number here',
-        ),
+        (lambda: train_reverse(input_dim=10, num_classes=9), 'are the same number here'),
+        (lambda: train_reverse(num_categories=8, input_dim=9), 'are the same number here'),
         (lambda: train_reverse(learning_rate=0.1), 'learning_rate'),
         (lambda: train_reverse(norm_first='post'), 'norm_first must be True or False'),
     ],
@@ -242,9 +224,7 @@ def test_functions_refuse(call, message):
 
 
 def test_a_published_model_of_other_symbols_is_refused(tmp_path):
-    trainer = pl.Trainer(
-        logger=False, enable_progress_bar=False, default_root_dir=tmp_path
-    )
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     trainer.strategy.connect(ReversePredictor(10, 32, 10, 1, 1, 5e-4, 50, 3900))
     trainer.save_checkpoint(tmp_path / 'other.ckpt')
     with pytest.raises(ValueError, match='knows 10 symbols, num_categories is 8'):
@@ -291,8 +271,5 @@ def test_the_sets_of_a_run_share_no_sequence():
     same = ReverseSettings(train_size=1000, val_size=1000, test_size=1000)
     for settings in (ReverseSettings(), same):
         sets = reverse_data(settings).sets
-        rows = [
-            set(map(tuple, sets[name].data.tolist()))
-            for name in ('train', 'val', 'test')
-        ]
+        rows = [set(map(tuple, sets[name].data.tolist())) for name in ('train', 'val', 'test')]
         assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]

@@ -135,8 +135,7 @@ def counter_only(optimizer, states):
 
 
 @pytest.mark.parametrize(
-    'resume',
-    [scheduler_first, optimizer_before_building, other_arguments, counter_only],
+    'resume', [scheduler_first, optimizer_before_building, other_arguments, counter_only]
 )
 def test_the_order_of_loading_does_not_matter(stopped, resume):
     full, *states = stopped
@@ -184,9 +183,7 @@ def fit(module, folder, ckpt_path=None, every=None, **options):
     safe = {}
     if 'weights_only' in inspect.signature(pl.Trainer.fit).parameters:
         safe['weights_only'] = True
-    keep = ModelCheckpoint(
-        folder, filename='{step}', save_top_k=-1, every_n_train_steps=every
-    )
+    keep = ModelCheckpoint(folder, filename='{step}', save_top_k=-1, every_n_train_steps=every)
     with quiet():
         trainer = pl.Trainer(
             accelerator='auto',
@@ -211,9 +208,7 @@ def test_lightning_runs_the_whole_schedule(tmp_path, accumulate, steps):
     assert trainer.optimizers[0].param_groups[0]['lr'] == 0.0
 
 
-@pytest.mark.parametrize(
-    ('accumulate', 'stop'), [(1, 9), (1, 13), (1, 3), (2, 5), (2, 7)]
-)
+@pytest.mark.parametrize(('accumulate', 'stop'), [(1, 9), (1, 13), (1, 3), (2, 5), (2, 7)])
 def test_lightning_resumes_exactly(tmp_path, accumulate, stop):
     "At the end of an epoch and in the middle of one, with and without accumulation."
     steps = {1: 27, 2: 15}[accumulate]
@@ -249,11 +244,7 @@ def two_groups():
 @pytest.mark.parametrize(
     ('call', 'error', 'message'),
     [
-        (
-            lambda: CosineWarmupScheduler(nn.Linear(2, 2), 5, 20),
-            TypeError,
-            'got Linear',
-        ),
+        (lambda: CosineWarmupScheduler(nn.Linear(2, 2), 5, 20), TypeError, 'got Linear'),
         (lambda: CosineWarmupScheduler([], 5, 20), TypeError, 'got list'),
         (lambda: make(-1, 20), ValueError, 'warmup must be at least 0, got -1'),
         (lambda: make(5.0, 20), TypeError, 'warmup must be an integer, got 5.0'),
@@ -264,23 +255,11 @@ def two_groups():
         (lambda: make(0, 20.0), TypeError, 'max_iters must be an integer'),
         (lambda: make(0, math.inf), TypeError, 'max_iters must be an integer'),
         (lambda: make(21, 20), ValueError, 'warmup=21 and max_iters=20'),
-        (
-            lambda: make(5, 20, last_epoch=-2),
-            ValueError,
-            'last_epoch must be at least -1',
-        ),
-        (
-            lambda: make(5, 20, last_epoch=0.5),
-            TypeError,
-            'last_epoch must be an integer',
-        ),
+        (lambda: make(5, 20, last_epoch=-2), ValueError, 'last_epoch must be at least -1'),
+        (lambda: make(5, 20, last_epoch=0.5), TypeError, 'last_epoch must be an integer'),
         (lambda: make(5, 20, last_epoch=3), ValueError, 'has no initial_lr'),
         (lambda: make(5, 20, 3), TypeError, 'positional'),
-        (
-            lambda: make(5, 20).get_lr_factor('3'),
-            TypeError,
-            "must be a number, got '3'",
-        ),
+        (lambda: make(5, 20).get_lr_factor('3'), TypeError, "must be a number, got '3'"),
         (lambda: make(5, 20).get_lr_factor(None), TypeError, 'epoch must be a number'),
         (lambda: make(5, 20).get_lr_factor(True), TypeError, 'epoch must be a number'),
         (lambda: make(5, 20).get_lr_factor(-1), ValueError, 'epoch must be at least 0'),

@@ -28,24 +28,14 @@ def width_on_a_phone(tmp_path, css):
         '<script>onload = () => { document.title = document.querySelector("iframe")'
         '.contentDocument.documentElement.scrollWidth; }</script>'
     )
-    options = [
-        '--headless',
-        '--no-sandbox',
-        '--disable-gpu',
-        '--disable-background-networking',
-    ]
-    options += [
-        '--allow-file-access-from-files',
-        f'--user-data-dir={tmp_path / "profile"}',
-    ]
+    options = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking']
+    options += ['--allow-file-access-from-files', f'--user-data-dir={tmp_path / "profile"}']
     command = [BROWSER, *options, '--dump-dom', (tmp_path / 'frame.html').as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return int(run.stdout.partition('<title>')[2].partition('<')[0])
 
 
-@pytest.mark.skipif(
-    not BROWSER, reason='there is no browser here; test_viewer.py says so loudly'
-)
+@pytest.mark.skipif(not BROWSER, reason='there is no browser here; test_viewer.py says so loudly')
 def test_nothing_is_wider_than_a_phone(tmp_path):
     assert width_on_a_phone(tmp_path, (NBS / 'styles.css').read_text()) == PHONE
     assert width_on_a_phone(tmp_path, '') > 2 * PHONE  # the test sees what is too wide

@@ -61,9 +61,7 @@ def tasks():
     """A model, its naive logits, and eight items, in float64, where rounding plays no part."""
     features = torch.randn(100, 512, dtype=torch.float64)
     sets = SetAnomalyDataset(features, torch.arange(100) % 5)
-    settings = AnomalySettings(
-        model_dim=64, num_layers=2, dropout=0.0, input_dropout=0.0
-    )
+    settings = AnomalySettings(model_dim=64, num_layers=2, dropout=0.0, input_dropout=0.0)
     yield anomaly_model(settings, 512), speed._naive_anomaly, sets
     sequences = reverse_data(ReverseSettings(train_size=128)).sets['train']
     yield reverse_model(ReverseSettings()), speed._naive_reverse, sequences
@@ -80,10 +78,7 @@ def test_three_steps_end_at_the_same_weights():
         def our_loss(ours=ours, batch=batch):
             return CrossEntropyLoss()(*ours.logits_and_targets(batch))
 
-        for trained, loss, fused in [
-            (plain, naive_loss, False),
-            (ours, our_loss, True),
-        ]:
+        for trained, loss, fused in [(plain, naive_loss, False), (ours, our_loss, True)]:
             adam = torch.optim.Adam(trained.parameters(), lr=1e-3, fused=fused)
             for _ in range(3):
                 adam.zero_grad()
@@ -122,9 +117,7 @@ def test_multiplications_of_the_four_layers_are_those_that_pytorch_counts(n):
 def test_restricted_attention_sees_its_block_and_the_one_before():
     x = torch.randn(2, 128, 8)
     apart = torch.arange(128)[:, None] // 32 - torch.arange(128) // 32
-    scores = (x @ x.transpose(1, 2) / 8**0.5).masked_fill(
-        (apart != 0) & (apart != 1), -torch.inf
-    )
+    scores = (x @ x.transpose(1, 2) / 8**0.5).masked_fill((apart != 0) & (apart != 1), -torch.inf)
     expected = scores.softmax(-1) @ x
     assert_close(speed._restricted_attention(x)[:, 32:], expected[:, 32:])
 
@@ -139,9 +132,7 @@ def test_mfu_is_a_share():
 
 def test_quick_prints_a_table_and_leaves_two_figures(tmp_path):
     run = subprocess.run(
-        [COMMAND, '--quick', '--out-dir', tmp_path / 'speed'],
-        capture_output=True,
-        text=True,
+        [COMMAND, '--quick', '--out-dir', tmp_path / 'speed'], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     table, files = run.stdout.rsplit('\ntable: ', 1)
@@ -150,11 +141,7 @@ def test_quick_prints_a_table_and_leaves_two_figures(tmp_path):
     assert all(line in table for line in lines), table
     assert len(files.splitlines()) == 3 and 'Traceback' not in run.stderr
     folder = tmp_path / 'speed'
-    assert sorted(p.name for p in folder.iterdir()) == [
-        'length.png',
-        'step.png',
-        'table.csv',
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == ['length.png', 'step.png', 'table.csv']
     rows = pd.read_csv(folder / 'table.csv')
     assert (rows.ours > 0).all() and rows.what.is_unique
 

@@ -63,8 +63,7 @@ def code(source, *outputs):
 def write(path, *cells):
     nb = {'cells': list(cells), 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}
     path.write_text(
-        json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n',
-        encoding='utf-8',
+        json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8'
     )
 
 
@@ -83,15 +82,8 @@ def repo(tmp_path):
     drawn = figure | {'data': {'image/svg+xml': '<svg/>', 'image/png': PNG}}
     page = figure | {'data': {'text/html': '<iframe></iframe>', 'text/plain': 'a view'}}
     printed = {'output_type': 'stream', 'name': 'stdout', 'text': ['a result\n']}
-    for name, title in [
-        ('00_first', '# First\n\n> one'),
-        ('90_tools', '# Tools: sharp\n\n> two'),
-    ]:
-        write(
-            tmp_path / f'nbs/{name}.ipynb',
-            markdown(title),
-            code('#| export\nimport torch'),
-        )
+    for name, title in [('00_first', '# First\n\n> one'), ('90_tools', '# Tools: sharp\n\n> two')]:
+        write(tmp_path / f'nbs/{name}.ipynb', markdown(title), code('#| export\nimport torch'))
     write(
         tmp_path / 'nbs/index.ipynb',
         markdown('# Title\n\n> subtitle'),
@@ -128,9 +120,7 @@ def sync(repo, *options):
 
 def snapshot(repo):
     return {
-        str(path.relative_to(repo)): path.read_bytes()
-        for path in repo.rglob('*')
-        if path.is_file()
+        str(path.relative_to(repo)): path.read_bytes() for path in repo.rglob('*') if path.is_file()
     }
 
 
@@ -189,9 +179,7 @@ def test_check_names_a_planted_difference(repo, name):
     sync(repo)
     right, path = snapshot(repo), repo / name
     path.write_bytes(
-        path.read_bytes()
-        .replace(b'first-user/', b'someone-else/')
-        .replace(b'PNG', b'GIF')
+        path.read_bytes().replace(b'first-user/', b'someone-else/').replace(b'PNG', b'GIF')
     )
     assert sync(repo, '--check') == (
         f'out of sync: {name}\n',
@@ -204,10 +192,7 @@ def test_a_figure_that_is_gone_is_deleted(repo):
     sync(repo)
     stale = repo / 'nbs/images/readme_7.png'
     stale.write_bytes(b'old')
-    assert (
-        sync(repo, '--check')[0] == 'out of sync: nbs/images/readme_7.png\n'
-        and stale.exists()
-    )
+    assert sync(repo, '--check')[0] == 'out of sync: nbs/images/readme_7.png\n' and stale.exists()
     assert sync(repo) == ('deleted nbs/images/readme_7.png\n', 0) and not stale.exists()
 
 
@@ -224,12 +209,8 @@ def test_the_address_follows_settings_and_nbdev_writes_the_same(repo):
     )
     nbdev = 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()'
     subprocess.run([sys.executable, '-c', nbdev], cwd=repo, check=True)
-    subprocess.run(
-        [Path(sys.executable).with_name('nbdev_clean')], cwd=repo, check=True
-    )
-    assert snapshot(repo) == moved | {
-        'nbs/_quarto.yml': (repo / 'nbs/_quarto.yml').read_bytes()
-    }
+    subprocess.run([Path(sys.executable).with_name('nbdev_clean')], cwd=repo, check=True)
+    assert snapshot(repo) == moved | {'nbs/_quarto.yml': (repo / 'nbs/_quarto.yml').read_bytes()}
 
 
 BAD = [
@@ -238,10 +219,7 @@ BAD = [
         [markdown('# T'), markdown('https://github.com/first-user/first-repo')],
         'spells out the address',
     ),
-    (
-        [markdown('# T'), markdown('as in @vaswani2017')],
-        '@vaswani2017 would address a person',
-    ),
+    ([markdown('# T'), markdown('as in @vaswani2017')], '@vaswani2017 would address a person'),
 ]
 
 
@@ -263,18 +241,8 @@ def test_the_address_stands_in_settings_alone():
         'nbs/site.yml',
         'transformers_tut/_modidx.py',
     }
-    places = [
-        '-e',
-        f'{cfg["user"]}/{cfg["repo"]}',
-        '-e',
-        cfg['doc_host'],
-        '--',
-        ':!nbs/*.ipynb',
-    ]
+    places = ['-e', f'{cfg["user"]}/{cfg["repo"]}', '-e', cfg['doc_host'], '--', ':!nbs/*.ipynb']
     found = subprocess.run(
-        ['git', 'grep', '--untracked', '-lF', *places],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        ['git', 'grep', '--untracked', '-lF', *places], cwd=ROOT, capture_output=True, text=True
     )
     assert set(found.stdout.split()) <= derived

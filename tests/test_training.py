@@ -89,9 +89,7 @@ SAMPLE = TensorDataset(*toy_set(512, 1)[:103])
 def train_toy(root, cls=Toy, machine=CPU, train=None, options=None, **values):
     s = ToySettings(**values)
     train = train or toy_set(512, 1)
-    data = TaskData(
-        train, toy_set(101, 2), toy_set(203, 3), 64, s.seed, train_sample=SAMPLE
-    )
+    data = TaskData(train, toy_set(101, 2), toy_set(203, 3), 64, s.seed, train_sample=SAMPLE)
     options = {'max_epochs': s.epochs, 'gradient_clip_val': 1.0} | (options or {})
     return train_task(lambda: cls(s.lr, s.dropout), data, s, root, machine, **options)
 
@@ -136,16 +134,11 @@ def test_a_run_leaves_its_files_and_your_random_numbers(tmp_path):
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     level = logging.getLogger('pytorch_lightning').level
     _, run = train_toy(tmp_path)
-    assert (
-        torch.equal(before, torch.get_rng_state())
-        and threads == torch.get_num_threads()
-    )
+    assert torch.equal(before, torch.get_rng_state()) and threads == torch.get_num_threads()
     assert logging.getLogger('pytorch_lightning').level == level
     files = ['best.ckpt', 'last.ckpt', 'result.json', 'settings.json']
     assert names(run.folder) == files
-    assert json.loads((run.folder / 'settings.json').read_text()) == asdict(
-        ToySettings()
-    )
+    assert json.loads((run.folder / 'settings.json').read_text()) == asdict(ToySettings())
     assert run.seconds > 0 and run.other_seconds > 0
 
 
@@ -158,9 +151,7 @@ def test_the_report_is_of_every_sample(whole):
     found = Toy.load_from_checkpoint(run.checkpoint, weights_only=True)
     assert run.metrics['val_acc'] == accuracy(found, toy_set(101, 2))
     report = json.loads((run.folder / 'result.json').read_text())
-    assert {name: report[name] for name in order} == run.metrics and report[
-        'steps'
-    ] == 32
+    assert {name: report[name] for name in order} == run.metrics and report['steps'] == 32
 
 
 def test_the_best_epoch_is_tested_and_not_the_last(tmp_path):
@@ -182,9 +173,7 @@ def test_a_finished_model_is_found_on_any_device(whole):
     Toy.steps_seen = 0
     _, found = train_toy(run.folder.parent, machine=Machine(progress=False))
     assert not found.trained and found.steps == 32 and Toy.steps_seen == 0
-    assert found.metrics == pytest.approx(
-        run.metrics, abs=1e-2
-    )  # a borderline sample may tip
+    assert found.metrics == pytest.approx(run.metrics, abs=1e-2)  # a borderline sample may tip
 
 
 def test_another_seed_is_another_model(whole, tmp_path):
@@ -213,9 +202,7 @@ def test_threads_suit_the_model_unless_somebody_says_otherwise(tmp_path):
             used.append(torch.get_num_threads())
 
     train_toy(tmp_path / 'a', Counting, epochs=1)
-    train_toy(
-        tmp_path / 'b', Counting, Machine('cpu', threads=2, progress=False), epochs=1
-    )
+    train_toy(tmp_path / 'b', Counting, Machine('cpu', threads=2, progress=False), epochs=1)
     assert used == [1, 2]
 
 
@@ -228,24 +215,18 @@ def test_ended_in_mid_epoch_it_goes_on_to_the_same_weights(whole, tmp_path, erro
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(type(error), match='power cut|what was done is kept in'):
         train_toy(tmp_path)
-    assert [
-        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-    ] == handlers
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     Toy.steps_seen = 0
     resumed, run = train_toy(tmp_path)
     assert Toy.steps_seen == 16  # two epochs of four were left
-    assert (
-        run.steps == 32 and same(whole[0], resumed) and run.metrics == whole[1].metrics
-    )
+    assert run.steps == 32 and same(whole[0], resumed) and run.metrics == whole[1].metrics
 
 
 def test_sigterm_ends_training_at_once_and_loses_no_epoch(whole, tmp_path, capsys):
     Toy.fail = {20: lambda: os.kill(os.getpid(), signal.SIGTERM)}
     with pytest.raises(SystemExit) as end:
         train_toy(tmp_path)
-    assert (
-        end.value.code == 143 and 'what was done is kept in' in capsys.readouterr().err
-    )
+    assert end.value.code == 143 and 'what was done is kept in' in capsys.readouterr().err
     assert Toy.steps_seen == 21  # the batch was not even finished
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert same(whole[0], train_toy(tmp_path)[0])
@@ -309,14 +290,7 @@ def test_a_script_that_gets_sigterm_has_status_143(whole, tmp_path, strategy, de
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
 
     def start(speed):
-        command = [
-            sys.executable,
-            script,
-            tmp_path / 'runs',
-            speed,
-            strategy,
-            str(devices),
-        ]
+        command = [sys.executable, script, tmp_path / 'runs', speed, strategy, str(devices)]
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
         return subprocess.Popen(command, start_new_session=True, **pipes)
 
@@ -350,9 +324,7 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path):
 
 
 def test_a_perfect_validation_is_within_reach(tmp_path):
-    easy = TensorDataset(
-        torch.eye(3)[:2].repeat(256, 1), torch.tensor([1, 0]).repeat(256)
-    )
+    easy = TensorDataset(torch.eye(3)[:2].repeat(256, 1), torch.tensor([1, 0]).repeat(256))
     data = TaskData(easy, easy, easy, 64)
     s = ToySettings(epochs=500)
     options = {'stop_at': 1.0, 'max_epochs': 500}
@@ -385,21 +357,13 @@ def test_fresh_keeps_the_older_run_and_gives_the_same_weights(whole, tmp_path):
 def test_fresh_moves_nothing_away_before_training_can_start(tmp_path):
     _, run = train_toy(tmp_path, epochs=1)
     few = Subset(toy_set(512, 1), range(10))
-    mistakes = [
-        {'cls': lambda *_: 1 / 0},
-        {'train': few},
-        {'options': {'max_epochs': -5}},
-    ]
+    mistakes = [{'cls': lambda *_: 1 / 0}, {'train': few}, {'options': {'max_epochs': -5}}]
     if not torch.cuda.is_available():
         mistakes.append({'machine': Machine('gpu', progress=False)})
     for mistake in mistakes:
         options = {'fresh': True} | mistake.pop('options', {})
         with pytest.raises(
-            (
-                ZeroDivisionError,
-                ValueError,
-                pl.utilities.exceptions.MisconfigurationException,
-            )
+            (ZeroDivisionError, ValueError, pl.utilities.exceptions.MisconfigurationException)
         ):
             train_toy(tmp_path, epochs=1, options=options, **mistake)
         assert names(tmp_path) == [run.folder.name], mistake
@@ -507,9 +471,7 @@ def test_tensorboard_shows_curves_figures_and_settings_and_changes_nothing(tmp_p
     assert plt.get_fignums() == figures
 
     board = written(run)
-    curves = {
-        name for name in board.Tags()['scalars'] if not name.startswith('result/')
-    }
+    curves = {name for name in board.Tags()['scalars'] if not name.startswith('result/')}
     assert curves == {'epoch', 'lr-Adam', 'train_loss', 'val_acc', 'val_loss'}
     assert [point.step for point in board.Scalars('val_acc')] == [7, 15, 23, 31]
     assert [image.step for image in board.Images('example')] == [0, 1, 2, 3]  # epochs
@@ -534,9 +496,7 @@ def test_processes_that_cannot_share_are_told_so():
             return 3, self.rank
 
     numbers = TensorDataset(torch.arange(100))
-    with pytest.raises(
-        ValueError, match='a multiple of the number of processes, got 8 for 3'
-    ):
+    with pytest.raises(ValueError, match='a multiple of the number of processes, got 8 for 3'):
         ThreeRanks(numbers, numbers, numbers, 8).share('val')
     two = Subset(numbers, range(2))
     with pytest.raises(ValueError, match='a sample for each of 3 processes, got 2'):

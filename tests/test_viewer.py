@@ -14,8 +14,7 @@ import torch
 from transformers_tut.viewer import attention_rollout, view_attention
 
 BROWSER = next(
-    filter(None, map(shutil.which, ['chromium', 'chromium-browser', 'google-chrome'])),
-    None,
+    filter(None, map(shutil.which, ['chromium', 'chromium-browser', 'google-chrome'])), None
 )
 NOT_TESTED = (
     "NOBODY LOOKED AT THE VIEWER'S PAGE: there is no browser here. "
@@ -34,9 +33,7 @@ def test_there_is_a_browser_to_look_with():
 
 
 WORDS = ['the', 'cat', '</script>', '"sat"', '<b>on</b>', 'the', '&amp;', "'mat'"]
-NASTY = (
-    '</script><script>document.title = \'broken out\'</script> "quoted" & <b>bold</b>'
-)
+NASTY = '</script><script>document.title = \'broken out\'</script> "quoted" & <b>bold</b>'
 
 # Runs ahead of the page: whatever goes wrong is kept.
 KEEP_ERRORS = """<script>
@@ -122,14 +119,9 @@ addEventListener("load", async () => {
 
 def drive(page, steps, tmp_path, width=700, options=()):
     "What the page shows after each of `steps`, which are JavaScript expressions"
-    script = DRIVE.replace(
-        'STEPS', '[' + ', '.join(f'() => {step}' for step in steps) + ']'
-    )
+    script = DRIVE.replace('STEPS', '[' + ', '.join(f'() => {step}' for step in steps) + ']')
     page = (
-        page.replace(
-            '<meta charset="utf-8">', f'<meta charset="utf-8">{KEEP_ERRORS}', 1
-        )
-        + script
+        page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">{KEEP_ERRORS}', 1) + script
     )
     file = tmp_path / 'page.html'
     file.write_text(page, encoding='utf-8')
@@ -165,17 +157,14 @@ def check_shown(shown, weights, largest):
         [width / 100 * largest for width in shown['bars']],
         [width / 10 * largest for width in shown['lines']],
     ]:  # three digits of a weight that is kept with four
-        torch.testing.assert_close(
-            torch.tensor(values), weights, rtol=0, atol=0.5e-3 + 0.5e-4
-        )
+        torch.testing.assert_close(torch.tensor(values), weights, rtol=0, atol=0.5e-3 + 0.5e-4)
     assert shown['stops'] == 2
 
 
 def random_maps(layers, heads, queries, keys, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [
-        (2 * torch.randn(2, heads, queries, keys, generator=g)).softmax(-1)
-        for _ in range(layers)
+        (2 * torch.randn(2, heads, queries, keys, generator=g)).softmax(-1) for _ in range(layers)
     ]
 
 
@@ -183,9 +172,7 @@ def random_maps(layers, heads, queries, keys, seed=0):
 def test_pointing_and_choosing(tmp_path):
     maps = random_maps(2, 3, 8, 8)
     rollout = attention_rollout(maps, 1)
-    largest = max(
-        m[1].max().item() for m in [*maps, rollout[None, None].expand(2, 1, 8, 8)]
-    )
+    largest = max(m[1].max().item() for m in [*maps, rollout[None, None].expand(2, 1, 8, 8)])
     view = view_attention(WORDS, maps, 1, title=NASTY)
     expected = [  # (a step, the head, the query)
         ('null', 0, 0),
@@ -202,16 +189,10 @@ def test_pointing_and_choosing(tmp_path):
     ]
     report = drive(view.html, [step for step, *_ in expected], tmp_path)
     heads = [m[1, h] for m in maps for h in range(3)] + [rollout]
-    names = [f'layer {i}, head {j}' for i in (1, 2) for j in (1, 2, 3)] + [
-        'rollout, all heads'
-    ]
+    names = [f'layer {i}, head {j}' for i in (1, 2) for j in (1, 2, 3)] + ['rollout, all heads']
     for shown, (_, head, query) in zip(report['steps'], expected, strict=True):
         check_shown(shown, heads[head][query], largest)
-        assert (shown['head'], shown['query'], shown['layer']) == (
-            head,
-            query,
-            names[head],
-        )
+        assert (shown['head'], shown['query'], shown['layer']) == (head, query, names[head])
         key = heads[head][query].argmax().item()
         start = (
             f'{names[head]}: “{WORDS[query]}” ({query}) gives '
@@ -247,14 +228,10 @@ def test_keyboard(tmp_path):
         ("press('ArrowUp')", 3, 0),
         ("press('Tab')", 3, 0),
     ]
-    report = drive(
-        view_attention(None, maps).html, [step for step, *_ in expected], tmp_path
-    )
+    report = drive(view_attention(None, maps).html, [step for step, *_ in expected], tmp_path)
     heads = [m[0, h] for m in maps for h in range(3)] + [attention_rollout(maps)]
     largest = max(h.max().item() for h in heads)
-    for i, (shown, (_, head, query)) in enumerate(
-        zip(report['steps'], expected, strict=True)
-    ):
+    for i, (shown, (_, head, query)) in enumerate(zip(report['steps'], expected, strict=True)):
         check_shown(shown, heads[head][query], largest)
         assert (shown['head'], shown['query']) == (head, query)
         name = (
@@ -277,11 +254,7 @@ def test_thumbnails_of_a_rectangular_map(tmp_path):
         assert [label.rsplit(':')[0] for label in shown['labels']] == [
             f'{"the marked " * (k == 2)}image {k}' for k in range(6)
         ]
-    assert (report['images'], report['unloaded'], report['tokens']) == (
-        6,
-        0,
-        list('abcdefghij'),
-    )
+    assert (report['images'], report['unloaded'], report['tokens']) == (6, 0, list('abcdefghij'))
 
 
 @needs_browser
@@ -294,9 +267,7 @@ def test_fifty_tokens_fit(width, tmp_path):
         tmp_path,
         width,
     )
-    check_shown(
-        report['steps'][0], maps[0][0, 0, 49], max(m[0].max().item() for m in maps)
-    )
+    check_shown(report['steps'][0], maps[0][0, 0, 49], max(m[0].max().item() for m in maps))
     assert report['overflow'][0] == 0
 
 
@@ -316,16 +287,12 @@ def test_light_and_dark_and_at_rest(dark, tmp_path):
         f'--blink-settings=preferredColorScheme={0 if dark else 1}',
     ]
     report = drive(
-        view_attention(None, random_maps(1, 1, 4, 4)).html,
-        ['null'],
-        tmp_path,
-        options=options,
+        view_attention(None, random_maps(1, 1, 4, 4)).html, ['null'], tmp_path, options=options
     )
     page = luminance(report['background'])
     assert page < 0.02 if dark else page == 1
     contrasts = [
-        (max(page, x) + 0.05) / (min(page, x) + 0.05)
-        for x in map(luminance, report['colours'])
+        (max(page, x) + 0.05) / (min(page, x) + 0.05) for x in map(luminance, report['colours'])
     ]
     assert all(contrast >= 4.5 for contrast in contrasts)  # WCAG AA for text
     assert report['transition'] == '0s'
@@ -361,9 +328,7 @@ def in_a_notebook(view, body='<body>'):
 def test_the_frame_follows_the_theme_outside(light_body, dark_body, dark, tmp_path):
     "It is switched to `dark` or back while the system prefers the opposite."
     before, after = (light_body, dark_body) if dark else (dark_body, light_body)
-    page = in_a_notebook(
-        view_attention(None, random_maps(1, 1, 4, 4)), f'<body {before}>'
-    )
+    page = in_a_notebook(view_attention(None, random_maps(1, 1, 4, 4)), f'<body {before}>')
     name, value = after.replace("'", '').split(' = ')
     switch = f"document.body.setAttribute('{name}', '{value}')"
     options = [f'--blink-settings=preferredColorScheme={1 if dark else 0}']

@@ -60,9 +60,7 @@ class Cell:
     def prose(self):
         "Markdown without code, or the captions of a code cell"
         if self.kind == 'code':
-            return '\n'.join(
-                v for k, v in self.directives.items() if k.endswith(('-cap', '-alt'))
-            )
+            return '\n'.join(v for k, v in self.directives.items() if k.endswith(('-cap', '-alt')))
         text = self.source
         for pattern in [
             FENCED,
@@ -84,21 +82,14 @@ class Page:
     @cached_property
     def labels(self):
         "Cell and label of each figure, table, equation and section that has one"
-        directives = [
-            (c, c.directives['label']) for c in self.cells if 'label' in c.directives
-        ]
-        return directives + [
-            (c, m[1]) for c in self.cells for m in LABEL.finditer(c.prose)
-        ]
+        directives = [(c, c.directives['label']) for c in self.cells if 'label' in c.directives]
+        return directives + [(c, m[1]) for c in self.cells for m in LABEL.finditer(c.prose)]
 
     @cached_property
     def anchors(self):
         "What a link may name behind #: labels, and headings by GitHub's rule and by Pandoc's"
         headings = [
-            m[1]
-            for c in self.cells
-            if c.kind == 'markdown'
-            for m in HEADING.finditer(c.source)
+            m[1] for c in self.cells if c.kind == 'markdown' for m in HEADING.finditer(c.source)
         ]
         return {label for _, label in self.labels}.union(*map(slugs, headings))
 
@@ -107,9 +98,7 @@ def slugs(heading):
     text = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', heading.partition('{#')[0])
     text = re.sub('[`*]', '', text).strip().lower()
     pandoc = re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', text))
-    return re.sub(r'[^\w -]', '', text).replace(' ', '-'), re.sub(
-        r'^[^a-z]+', '', pandoc
-    )
+    return re.sub(r'[^\w -]', '', text).replace(' ', '-'), re.sub(r'^[^a-z]+', '', pandoc)
 
 
 def read_page(path):
@@ -118,9 +107,7 @@ def read_page(path):
         return Page(path, [Cell(name, 'markdown', path.read_text(encoding='utf-8'))])
     cells = []
     for n, c in enumerate(nbformat.read(path, as_version=4).cells, 1):
-        kinds = {
-            kind for output in c.get('outputs', []) for kind in output.get('data', {})
-        }
+        kinds = {kind for output in c.get('outputs', []) for kind in output.get('data', {})}
         pictures = any(kind.startswith('image/') for kind in kinds)
         cells.append(Cell(f'{name}: cell {n}', c.cell_type, c.source, pictures))
     return Page(path, cells)
@@ -140,11 +127,7 @@ def check_labels(page):
         ):
             yield f'{cell.where}: {label} has no {kind}-cap'
     for cell in page.cells:
-        if (
-            cell.pictures
-            and 'hide' not in cell.directives
-            and not cell.directives.get('fig-alt')
-        ):
+        if cell.pictures and 'hide' not in cell.directives and not cell.directives.get('fig-alt'):
             yield f'{cell.where}: its figure has no fig-alt, which says what is to be seen'
 
 
@@ -229,9 +212,7 @@ def check_house(page, numbers):
         yield f'{page.path.name}: {size / 1e6:.1f} MB, more than a visitor should load'
     if not name:  # the index
         return
-    modules = [
-        c.directives['default_exp'] for c in page.cells if 'default_exp' in c.directives
-    ]
+    modules = [c.directives['default_exp'] for c in page.cells if 'default_exp' in c.directives]
     if modules != [name]:
         yield f'{page.path.name}: must export to the module it is named after, found {modules}'
     for cell, module in imported_modules(page):
@@ -250,10 +231,7 @@ def definitions(page):
         if cell.directives.keys() & {'export', 'exports'}:
             nodes = ast.parse(cell.source).body
             kinds = (ast.FunctionDef, ast.ClassDef)
-            yield (
-                cell,
-                [n.name for n in nodes if isinstance(n, kinds) and n.name[0] != '_'],
-            )
+            yield (cell, [n.name for n in nodes if isinstance(n, kinds) and n.name[0] != '_'])
 
 
 def check_exports(page, names):
@@ -261,9 +239,7 @@ def check_exports(page, names):
     for cell, public in definitions(page):
         if len(public) > 1:
             yield f'{cell.where}: defines {" and ".join(public)}; give each a cell of its own'
-        for name in re.findall(
-            r'^[^#\n]*[,:(]\s*#[^|\n]*?`(\w+)[`(.]', cell.source, re.M
-        ):
+        for name in re.findall(r'^[^#\n]*[,:(]\s*#[^|\n]*?`(\w+)[`(.]', cell.source, re.M):
             if name in names:
                 yield f'{cell.where}: write {name} without backticks in a comment on a parameter'
         if (
@@ -277,17 +253,11 @@ def run():
     pages = [*sorted(NBS.glob('[0-9]*.ipynb')), NBS / 'index.ipynb']
     pages += [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
     pages = {path: read_page(path) for path in pages}
-    numbers = {
-        path.stem[3:]: path.stem[:2] for path in pages if path.suffix == '.ipynb'
-    }
+    numbers = {path.stem[3:]: path.stem[:2] for path in pages if path.suffix == '.ipynb'}
     citations = set(
-        re.findall(
-            r'^@\w+\{([^,\s]+),', (NBS / 'references.bib').read_text('utf-8'), re.M
-        )
+        re.findall(r'^@\w+\{([^,\s]+),', (NBS / 'references.bib').read_text('utf-8'), re.M)
     )
-    names = {
-        n for page in pages.values() for _, public in definitions(page) for n in public
-    }
+    names = {n for page in pages.values() for _, public in definitions(page) for n in public}
     site = yaml.safe_load((NBS / 'site.yml').read_text(encoding='utf-8'))
     for page in pages.values():
         yield from check_links(page, pages, site)

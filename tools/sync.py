@@ -20,9 +20,7 @@ from pathlib import Path
 import nbformat
 import yaml
 from nbconvert import MarkdownExporter
-from nbdev.quarto import (
-    _nbdev_yml,
-)  # the template of the pinned nbdev, which writes the same file
+from nbdev.quarto import _nbdev_yml  # the template of the pinned nbdev, which writes the same file
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,9 +44,7 @@ def colab_badge(cfg, notebook):
 
 def is_colab(cell):
     source = ''.join(cell['source'])
-    return (
-        COLAB_GUARD in source if cell['cell_type'] == 'code' else BADGE_IMAGE in source
-    )
+    return COLAB_GUARD in source if cell['cell_type'] == 'code' else BADGE_IMAGE in source
 
 
 def with_colab_cells(nb, name, cfg):
@@ -56,25 +52,13 @@ def with_colab_cells(nb, name, cfg):
     badge = {'cell_type': 'markdown', 'id': 'colab-badge', 'metadata': {}}
     badge |= {'source': [colab_badge(cfg, name)]}
     setup = [f'pip install -qU fastcore git+{cfg["git_url"]}']
-    setup += [
-        f'git clone -q --depth 1 {cfg["git_url"]} repo',
-        'ln -sfn repo/nbs/results results',
-    ]
+    setup += [f'git clone -q --depth 1 {cfg["git_url"]} repo', 'ln -sfn repo/nbs/results results']
     lines = ['#| hide\n', '#| eval: false\n', ' && '.join([COLAB_GUARD, *setup])]
-    install = {
-        'cell_type': 'code',
-        'id': 'colab-install',
-        'metadata': {},
-        'source': lines,
-    }
+    install = {'cell_type': 'code', 'id': 'colab-install', 'metadata': {}, 'source': lines}
     install |= {'execution_count': None, 'outputs': []}
     title, *rest = nb['cells']
-    if title['cell_type'] != 'markdown' or not ''.join(title['source']).startswith(
-        '# '
-    ):
-        sys.exit(
-            f"nbs/{name}: the first cell must be Markdown that starts with '# Title'"
-        )
+    if title['cell_type'] != 'markdown' or not ''.join(title['source']).startswith('# '):
+        sys.exit(f"nbs/{name}: the first cell must be Markdown that starts with '# Title'")
     rest = [cell for cell in rest if not is_colab(cell)]
     for cell in [title, *rest]:
         if f'{cfg["user"]}/{cfg["repo"]}' in ''.join(cell['source']):
@@ -107,9 +91,7 @@ def for_github(markdown, site):
 
     def prose(text):
         text = re.sub(r'^:{3,}.*\n?', '', text, flags=re.M)  # the fences of call-outs
-        text = re.sub(
-            r'[ \t]*\{[#.][A-Za-z][^{}\n]*\}', '', text
-        )  # {#fig-name}, {.class}
+        text = re.sub(r'[ \t]*\{[#.][A-Za-z][^{}\n]*\}', '', text)  # {#fig-name}, {.class}
         text = re.sub(r'\{\{< meta ([\w-]+) >\}\}', lambda m: site[m[1]], text)
         reference = re.search(r'(?<![\w/.@])@\w[\w-]*', text)
         if reference:
@@ -129,9 +111,7 @@ def for_readme(output, found, files, site):
     for kind, ending in [('image/svg+xml', 'svg'), ('image/png', 'png')]:
         if kind in data:
             path = NBS / 'images' / f'readme_{len(files) + 1}.{ending}'
-            files[path] = (
-                data[kind].encode() if ending == 'svg' else base64.b64decode(data[kind])
-            )
+            files[path] = data[kind].encode() if ending == 'svg' else base64.b64decode(data[kind])
             caption = for_github(found.get('fig-cap', ''), site)
             file = path.relative_to(ROOT).as_posix()
             alt = found.get('fig-alt', caption)
@@ -160,9 +140,7 @@ def readme(index, cfg, site):
                 continue
             if found.get('echo') == 'false':
                 cell.metadata.tags = ['no-source']
-            outputs = [
-                for_readme(output, found, files, site) for output in cell.outputs
-            ]
+            outputs = [for_readme(output, found, files, site) for output in cell.outputs]
             cell.outputs = sum(outputs, [])
             cells.append(cell)
     nb.cells = cells
@@ -184,11 +162,7 @@ def heading(nb):
 def wings(notebooks):
     "The lessons, and the workshop (9x): {name: notebook} each"
     for title, workshop in [('Lessons', False), ('Workshop', True)]:
-        part = {
-            name: nb
-            for name, nb in notebooks.items()
-            if name.startswith('9') == workshop
-        }
+        part = {name: nb for name, nb in notebooks.items() if name.startswith('9') == workshop}
         if part:
             yield title, part
 
@@ -206,16 +180,8 @@ def site_yml(notebooks, cfg):
             section = {'section': 'Behind the lessons', 'contents': [section]}
         contents.append(section)
     sidebar = {'style': 'floating', 'collapse-level': 2, 'contents': contents}
-    repository = {
-        'icon': 'github',
-        'href': cfg['git_url'],
-        'aria-label': 'The repository',
-    }
-    navbar = {
-        'logo': 'images/logo.svg',
-        'logo-alt': cfg['title'],
-        'right': [repository],
-    }
+    repository = {'icon': 'github', 'href': cfg['git_url'], 'aria-label': 'The repository'}
+    navbar = {'logo': 'images/logo.svg', 'logo-alt': cfg['title'], 'right': [repository]}
     site = {'website': {'navbar': navbar, 'sidebar': sidebar}}
     site |= {'repo-url': cfg['git_url'], 'repo-branch': cfg['branch']}
     site |= {'site-url': cfg['doc_host'] + cfg['doc_baseurl']}
@@ -227,21 +193,13 @@ def with_table(index, notebooks):
     "The index with its table of notebooks, in the cell of that id"
     lines = []
     for title, part in wings(notebooks):
-        lines += [
-            f'### {title}\n',
-            '\n',
-            '| notebook | what it is about |\n',
-            '|---|---|\n',
-        ]
+        lines += [f'### {title}\n', '\n', '| notebook | what it is about |\n', '|---|---|\n']
         for name, nb in part.items():
             text, description = heading(nb)
             lines.append(f'| [{name[:2]} {text}]({name}) | {description} |\n')
         lines.append('\n')
     table = ''.join(lines).strip().splitlines(keepends=True)
-    cells = [
-        c | {'source': table} if c.get('id') == 'notebooks' else c
-        for c in index['cells']
-    ]
+    cells = [c | {'source': table} if c.get('id') == 'notebooks' else c for c in index['cells']]
     return index | {'cells': cells}
 
 
@@ -253,9 +211,7 @@ def derive():
     "What every derived file should hold: {path: content}, None for a figure that no longer exists"
     cfg = read_settings()
     keys = ['title', 'description', 'branch', 'git_url', 'doc_host', 'doc_baseurl']
-    nbdev_yml = _nbdev_yml.format(
-        doc_path=Path(cfg['doc_path']).name, **{k: cfg[k] for k in keys}
-    )
+    nbdev_yml = _nbdev_yml.format(doc_path=Path(cfg['doc_path']).name, **{k: cfg[k] for k in keys})
     paths = sorted(NBS.glob('[0-9]*.ipynb'))
     old = {path.name: read_notebook(path) for path in [*paths, NBS / 'index.ipynb']}
     new = {name: with_colab_cells(nb, name, cfg) for name, nb in old.items()}
@@ -283,11 +239,7 @@ def replace(path, content):
 
 def write(check=False):
     "Bring what is derived up to date, or with `check` only name what is not; how many files"
-    stale = {
-        p: c
-        for p, c in derive().items()
-        if c != (p.read_bytes() if p.exists() else None)
-    }
+    stale = {p: c for p, c in derive().items() if c != (p.read_bytes() if p.exists() else None)}
     for path, content in stale.items():
         if not check:
             replace(path, content)

@@ -77,8 +77,7 @@ def draw_sets(
     labels: Tensor,  # classes of all images, int64 [N]
     odd: Tensor,  # the odd image of each set, int64 [B]
     set_size: int,  # S
-    generator: torch.Generator
-    | None = None,  # source of randomness; None: PyTorch's own
+    generator: torch.Generator | None = None,  # source of randomness; None: PyTorch's own
     shuffle: bool = True,  # put the odd image anywhere; otherwise last
     *,
     by_class: tuple | None = None,  # `_by_class(labels)`, where it is at hand
@@ -109,9 +108,7 @@ def centroid_rule(
         real = torch.ones_like(features[..., 0])
     real = real.bool()
     features = features * real[..., None]
-    others = (
-        features.sum(1, keepdim=True) - features
-    )  # of any length: only angles count
+    others = features.sum(1, keepdim=True) - features  # of any length: only angles count
     distance = 1 - F.cosine_similarity(features, others, dim=-1)
     return distance.masked_fill(~real, -torch.inf)
 
@@ -166,9 +163,7 @@ class AnomalyPredictor(TransformerPredictor):
         "One logit for each element; their softmax is the probability of being the odd one."
         outputs = self.hparams.num_classes
         if outputs != 1:
-            raise ValueError(
-                f'num_classes must be 1, the oddness of an element, got {outputs}'
-            )
+            raise ValueError(f'num_classes must be 1, the oddness of an element, got {outputs}')
         features = _as_input(self, features)
         logits = self(features, add_positional_encoding=False, key_padding_mask=real)
         logits = logits.squeeze(-1)  # [B, S]
@@ -250,15 +245,9 @@ class DeepSets(Classifier):
         dropout = check_probability('dropout', dropout)
         input_dropout = check_probability('input_dropout', input_dropout)
         self.save_hyperparameters()
-        self.input_net = nn.Sequential(
-            nn.Dropout(input_dropout), nn.Linear(input_dim, model_dim)
-        )
-        self.layers = nn.ModuleList(
-            _mixing_block(model_dim, dropout) for _ in range(num_layers)
-        )
-        self.output_net = nn.Sequential(
-            nn.LayerNorm(model_dim), nn.Linear(model_dim, 1)
-        )
+        self.input_net = nn.Sequential(nn.Dropout(input_dropout), nn.Linear(input_dim, model_dim))
+        self.layers = nn.ModuleList(_mixing_block(model_dim, dropout) for _ in range(num_layers))
+        self.output_net = nn.Sequential(nn.LayerNorm(model_dim), nn.Linear(model_dim, 1))
 
     def set_logits(
         self,
@@ -328,9 +317,7 @@ def _check_images(
     try:
         labels = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f'labels must be integers, one for each image ({error})'
-        ) from error
+        raise TypeError(f'labels must be integers, one for each image ({error})') from error
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f'labels must be integers, got {labels.dtype}')
     if labels.shape != img_feats.shape[:1]:
@@ -343,9 +330,7 @@ def _check_images(
         raise ValueError('labels must be at least one number from 0 upwards')
     sizes = labels.bincount()
     if len(sizes) < 2:
-        raise ValueError(
-            'labels must name at least two classes, or nothing can be odd; got one'
-        )
+        raise ValueError('labels must name at least two classes, or nothing can be odd; got one')
     missing = (sizes == 0).nonzero().flatten().tolist()
     if missing:
         raise ValueError(
@@ -375,15 +360,9 @@ class SetAnomalyDataset(Dataset):
         shuffle: bool = True,  # the odd image stands anywhere; False: always last
     ):
         self.set_size = check_int('set_size', set_size, 3)
-        self.train, self.shuffle = (
-            check_bool('train', train),
-            check_bool('shuffle', shuffle),
-        )
+        self.train, self.shuffle = (check_bool('train', train), check_bool('shuffle', shuffle))
         self.seed = None if seed is None else check_int('seed', seed, 0)
-        self.img_feats, self.labels = (
-            img_feats,
-            _check_images(img_feats, labels, set_size),
-        )
+        self.img_feats, self.labels = (img_feats, _check_images(img_feats, labels, set_size))
         self.by_class = _by_class(self.labels)
         self.set_epoch(0)
         if not train:
@@ -415,16 +394,9 @@ class SetAnomalyDataset(Dataset):
     def _draw(
         self,
         odd: Tensor,  # the odd image of each set, int64 [B]
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # indices of images [B, S], and where the odd one is [B]
+    ) -> tuple[Tensor, Tensor]:  # indices of images [B, S], and where the odd one is [B]
         return draw_sets(
-            self.labels,
-            odd,
-            self.set_size,
-            self.generator,
-            self.shuffle,
-            by_class=self.by_class,
+            self.labels, odd, self.set_size, self.generator, self.shuffle, by_class=self.by_class
         )
 
     def __len__(self):
@@ -444,17 +416,13 @@ class SetAnomalyDataset(Dataset):
                 self.sets[again], self.place[again] = self._draw(again)
             self.given[indices] = True
         sets = self.sets[indices]
-        features = self.img_feats.index_select(
-            0, sets.flatten().to(self.img_feats.device)
-        )
+        features = self.img_feats.index_select(0, sets.flatten().to(self.img_feats.device))
         return features.view(*sets.shape, -1), sets, self.place[indices]
 
     def __getitem__(
         self,
         idx: int,  # which set
-    ) -> tuple[
-        Tensor, Tensor, Tensor
-    ]:  # features [S, D], images [S], where the odd one is
+    ) -> tuple[Tensor, Tensor, Tensor]:  # features [S, D], images [S], where the odd one is
         features, sets, place = self.collated([idx])
         return features[0], sets[0], place[0]
 
@@ -512,9 +480,7 @@ def split_by_class(
 class AnomalySettings(Settings):
     "What decides the result of an anomaly run; the defaults are the published settings."
 
-    data: str = (
-        'pictures'  # pictures: drawn here; cifar100: downloads 256 MB, wants a GPU
-    )
+    data: str = 'pictures'  # pictures: drawn here; cifar100: 256 MB, wants a GPU
     set_size: int = 10  # images in a set, one of them odd
     batch_size: int = 64  # sets in a step, shared out over the devices
     standardize: bool = False  # bring features to mean 0 and standard deviation 1
@@ -530,13 +496,7 @@ class AnomalySettings(Settings):
     gradient_clip_val: float = 2.0  # largest norm of the gradient, 0 for no limit
     seed: int = 42  # decides sets, initial weights and order
 
-    smallest = {
-        'set_size': 3,
-        'batch_size': 1,
-        'epochs': 1,
-        'gradient_clip_val': 0,
-        'seed': 0,
-    }
+    smallest = {'set_size': 3, 'batch_size': 1, 'epochs': 1, 'gradient_clip_val': 0, 'seed': 0}
 
 # %% ../nbs/13_anomaly.ipynb #13h9recipes
 _RECIPES = {
@@ -619,9 +579,7 @@ def _anomaly_data(
 
     learnt = features[train], labels[train]
     generator = torch.Generator().manual_seed(s.seed)
-    sample = torch.randperm(len(train), generator=generator)[
-        : len(test_labels)
-    ].tolist()
+    sample = torch.randperm(len(train), generator=generator)[: len(test_labels)].tolist()
     data = TaskData(
         _sets('training', s, *learnt),
         _sets('validation', s, features[val], labels[val], train=False),
@@ -673,8 +631,7 @@ def _source(
         )
     if source is not None and not isinstance(source, ImageSource):
         raise TypeError(
-            'source must be an ImageSource(train, test, extractor), '
-            f'got {type(source).__name__}'
+            f'source must be an ImageSource(train, test, extractor), got {type(source).__name__}'
         )
     return source or _SOURCES[s.data](progress)
 
@@ -689,14 +646,10 @@ def train_anomaly(
     input_dim: int | None = None,  # features per image, if they are to be checked
     num_classes: int = 1,  # outputs per image
     **kwargs,  # fields of AnomalySettings and Machine
-) -> tuple[
-    AnomalyPredictor, dict
-]:  # the best model; its train_acc, val_acc and test_acc
+) -> tuple[AnomalyPredictor, dict]:  # the best model; its train_acc, val_acc and test_acc
     "Train a model to find the odd one out, or find the one trained with these settings."
     if num_classes != 1:
-        raise ValueError(
-            f'num_classes must be 1, the oddness of an element, got {num_classes}'
-        )
+        raise ValueError(f'num_classes must be 1, the oddness of an element, got {num_classes}')
     recipe = recipe or ('published' if data == 'cifar100' else 'fast')
     s, machine = choose(AnomalySettings, _RECIPES, recipe, kwargs | {'data': data})
     source = _source(s, source, machine.progress)
@@ -707,9 +660,7 @@ def train_anomaly(
             f'input_dim must be the number of features of the extractor, {found}, got {input_dim}'
         )
     model, run = _run_anomaly(s, sets, machine, out_dir, fresh)
-    return model, {
-        name: run.metrics[name] for name in ('train_acc', 'val_acc', 'test_acc')
-    }
+    return model, {name: run.metrics[name] for name in ('train_acc', 'val_acc', 'test_acc')}
 
 # %% ../nbs/13_anomaly.ipynb #c979da66
 def _draw_figures(
@@ -718,25 +669,18 @@ def _draw_figures(
     images: Dataset,  # the test images
 ) -> dict:  # figures by name
     "Some sets, the worst mistakes, and the attention maps of one set."
-    batches = (
-        model.probabilities(data.img_feats[sets]).cpu()
-        for sets in data.sets.split(1000)
-    )
+    batches = (model.probabilities(data.img_feats[sets]).cpu() for sets in data.sets.split(1000))
     answers = torch.cat(list(batches))
     given = answers.gather(1, data.place[:, None]).flatten()
     right = answers.argmax(-1) == data.place
-    worst = (given + right).argsort()[
-        :6
-    ]  # wrong ones first, the least probable of them
+    worst = (given + right).argsort()[:6]  # wrong ones first, the least probable of them
     some = torch.linspace(0, len(data) - 1, 6).long()
     members, place = data.sets[some[0]], int(data.place[some[0]])
     maps = model.get_attention_maps(data.img_feats[members][None].to(model.device))
     shown = [images[int(i)][0] for i in members]
     return {
         'sets': plot_sets(images, data.sets[some], data.place[some], answers[some]),
-        'mistakes': plot_sets(
-            images, data.sets[worst], data.place[worst], answers[worst]
-        ),
+        'mistakes': plot_sets(images, data.sets[worst], data.place[worst], answers[worst]),
         'attention_maps': plot_attention_maps(shown, maps, mark=place),
     }
 

@@ -43,11 +43,7 @@ def scaled_dot_product(
 
 # %% ../nbs/00_attention.ipynb #17802fa1
 def _combine_masks(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
+    q: Tensor, k: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
 ) -> Tensor | None:
     "One boolean mask that broadcasts over the scores; None where nothing is masked."
     shape = (*q.shape[:-1], k.shape[-2])  # of the scores: [..., Tq, Tk]
@@ -293,7 +289,7 @@ def to_torch(
         f'to_torch takes a MultiheadAttention or an EncoderBlock, got {type(module).__name__}'
     )
 
-
+# %% ../nbs/00_attention.ipynb #62a59712
 @singledispatch
 def from_torch(
     module: nn.Module,  # a torch.nn.MultiheadAttention or TransformerEncoderLayer
@@ -309,9 +305,7 @@ def _refuse(module: nn.Module, reasons: dict):
     "Refuse to carry a module over, naming the reasons that are true."
     found = [reason for reason, true in reasons.items() if true]
     if found:
-        raise ValueError(
-            f'{type(module).__name__} cannot be carried over with {", ".join(found)}'
-        )
+        raise ValueError(f'{type(module).__name__} cannot be carried over with {", ".join(found)}')
 
 
 def _check_plain(
@@ -322,17 +316,10 @@ def _check_plain(
 
     def refuse(name, why):
         part = f'its {name}' if name else 'it'
-        raise ValueError(
-            f'{type(module).__name__} cannot be carried over: {part} {why}'
-        )
+        raise ValueError(f'{type(module).__name__} cannot be carried over: {part} {why}')
 
     for name, part in module.named_modules():
-        hooks = [
-            '_forward_hooks',
-            '_forward_pre_hooks',
-            '_backward_hooks',
-            '_backward_pre_hooks',
-        ]
+        hooks = ['_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks']
         if type(part) not in kinds.get(name, ()):
             refuse(name, f'is a {type(part).__name__}')
         if any(getattr(part, hook) for hook in hooks):
@@ -349,10 +336,7 @@ def _copy(p: nn.Parameter, order=lambda x: x) -> nn.Parameter:
 
 # %% ../nbs/00_attention.ipynb #fc6ddef7
 _OURS = {'': (MultiheadAttention,), 'qkv_proj': (nn.Linear,), 'o_proj': (nn.Linear,)}
-_TORCHS = {
-    '': (nn.MultiheadAttention,),
-    'out_proj': (nn.Linear, NonDynamicallyQuantizableLinear),
-}
+_TORCHS = {'': (nn.MultiheadAttention,), 'out_proj': (nn.Linear, NonDynamicallyQuantizableLinear)}
 
 
 @to_torch.register

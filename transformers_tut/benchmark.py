@@ -42,9 +42,7 @@ def in_turns(
     "Time variants in turns, A B A B, after a call of each to warm up."
     for call in variants.values():
         call()
-    repeat = {
-        name: math.ceil(sample / seconds(call)) for name, call in variants.items()
-    }
+    repeat = {name: math.ceil(sample / seconds(call)) for name, call in variants.items()}
     samples = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
@@ -54,8 +52,7 @@ def in_turns(
 # %% ../nbs/97_benchmark.ipynb #4ed38b1a
 def fastest_threads(
     call: Callable,  # the job, or a piece of it
-    counts: list[int]
-    | None = None,  # numbers to try; by default 1, 2, 4, ... up to PyTorch's own
+    counts: list[int] | None = None,  # numbers to try; by default 1, 2, 4, ... up to PyTorch's own
     rounds: int = 5,  # samples of each
 ) -> int:  # the smallest number within 5 % of the fastest
     "The number of threads with which a call is fastest."
@@ -96,15 +93,10 @@ def peak_memory(
     call: Callable,  # what to measure, on the CPU
 ) -> int:  # bytes
     "The most memory that tensors of a call take at once, beyond those that were there."
-    with (
-        _silent(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof,
-    ):
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
     events = prof.profiler.kineto_results.events()
-    changes = sorted(
-        (e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]'
-    )
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')
     peak = now = 0
     for _, change in changes:
         now += change
@@ -148,9 +140,7 @@ def compare(
         variants, limit = variants | {'': _product(timed)}, ''
     samples = _milliseconds(variants, rounds) if timed else _returned(variants, rounds)
     middle = {variant: median(values) for variant, values in samples.items()}
-    row |= {
-        variant: middle[variant] for variant in ('ours', 'naive') if variant in middle
-    }
+    row |= {variant: middle[variant] for variant in ('ours', 'naive') if variant in middle}
     peers = [variant for variant in variants if variant not in ('ours', 'naive', limit)]
     if peers:
         best = min(peers, key=middle.get)
@@ -208,9 +198,7 @@ def _as_text(row):
         peer = f'{_rounded(row, "peer took")} ({row["peer"]})'
         ratio = f'{row["ratio"]:.2f} ({row["low"]:.2f}–{row["high"]:.2f})'
     if 'share' in row:
-        share = f'{row["share"]:.0%}' + (
-            f' of {row["limit"]}' if row.get('limit') else ''
-        )
+        share = f'{row["share"]:.0%}' + (f' of {row["limit"]}' if row.get('limit') else '')
     goals, reached = _goals(row)
     return {
         'measured': row['what'],

@@ -22,9 +22,7 @@ def check_int(
 ) -> int:  # `value`, as a Python integer
     "Accept an integer of at least `minimum`; `TypeError` or `ValueError` otherwise."
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(
-            f'{name} must be an integer, got {value!r} of type {type(value).__name__}'
-        )
+        raise TypeError(f'{name} must be an integer, got {value!r} of type {type(value).__name__}')
     if value < minimum:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
     return int(value)
@@ -37,9 +35,7 @@ def check_number(
 ) -> float:  # `value`, as a Python float
     "Accept a real number of at least `minimum`; `TypeError` or `ValueError` otherwise."
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f'{name} must be a number, got {value!r} of type {type(value).__name__}'
-        )
+        raise TypeError(f'{name} must be a number, got {value!r} of type {type(value).__name__}')
     if not value >= minimum:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
     return float(value)

@@ -93,9 +93,7 @@ class TransformerEncoder(nn.Module):
     ):
         super().__init__()
         num_layers = check_int('num_layers', num_layers)
-        self.layers = nn.ModuleList(
-            EncoderBlock(**block_args) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(EncoderBlock(**block_args) for _ in range(num_layers))
         self.norm = nn.Identity()
         if block_args.get('norm_first'):
             self.norm = nn.LayerNorm(block_args['input_dim'])
@@ -196,9 +194,7 @@ def _(block: EncoderBlock):
 @from_torch.register
 def _(layer: nn.TransformerEncoderLayer):
     _check_plain(layer, _TORCHS)
-    relu = layer.activation in (F.relu, torch.relu) or isinstance(
-        layer.activation, nn.ReLU
-    )
+    relu = layer.activation in (F.relu, torch.relu) or isinstance(layer.activation, nn.ReLU)
     reasons = {
         'an activation other than relu': not relu,
         'batch_first=False': not layer.self_attn.batch_first,

@@ -35,13 +35,7 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    IterableDataset,
-    Subset,
-    TensorDataset,
-)
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 from .checks import check_int, evaluating
 from .fast import fold_batchnorm
@@ -55,14 +49,7 @@ from transformers_tut.files import (
 )
 from .pictures import OTHER_CHARACTERS, CharacterPictures
 from .settings import Machine, Settings, threads
-from transformers_tut.training import (
-    Mean,
-    TaskData,
-    interruptible,
-    quiet,
-    train_task,
-    trainer_args,
-)
+from .training import Mean, TaskData, interruptible, quiet, train_task, trainer_args
 
 # %% ../nbs/99_features.ipynb #f0aedfe4
 def _as_image(
@@ -77,13 +64,10 @@ def _as_image(
     if not bytes_or_floats:
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(
-            'an image must be a PIL image, or a uint8 or floating tensor [C, H, W], '
-            f'got {got}'
+            f'an image must be a PIL image, or a uint8 or floating tensor [C, H, W], got {got}'
         )
     if image.ndim != 3:
-        raise ValueError(
-            f'an image must have the shape [C, H, W], got {list(image.shape)}'
-        )
+        raise ValueError(f'an image must have the shape [C, H, W], got {list(image.shape)}')
     return image
 
 
@@ -108,8 +92,7 @@ def _check_dataset(
     indexed = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
     if isinstance(dataset, IterableDataset) or not indexed:
         raise TypeError(
-            'dataset must be map-style, with len() and an index, '
-            f'got {type(dataset).__name__}'
+            f'dataset must be map-style, with len() and an index, got {type(dataset).__name__}'
         )
     if not len(dataset):
         raise ValueError('dataset must hold at least one item, got none')
@@ -246,13 +229,13 @@ def _is_library(
     thing,  # a class or a function
 ) -> bool:
     "Whether its code is known by name."
-    return str(thing.__module__ or 'builtins').split('.')[0] in _LIBRARIES
+    return str(thing.__module__).split('.')[0] in _LIBRARIES
 
 
 def _made_of(
     value,  # anything
     seen: dict,  # by id, what was met before: (number, value)
-):  # yields tensors, arrays and texts for `digest`
+):  # yields tensors, arrays and texts for digest
     "What a value consists of, as far as Python can look into it."
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
@@ -296,8 +279,11 @@ def _parts(
         return _parts_of_function(value)
     if isinstance(value, nn.Module):
         return [type(value), _own_values(value)]
-    if _is_library(type(value)) or not hasattr(value, '__dict__'):
-        return [re.sub('0x[0-9a-fA-F]+', '', repr(value))]
+    transform = type(value).__module__.startswith('torchvision.transforms')
+    opaque = _is_library(type(value)) and not transform
+    if opaque or not hasattr(value, '__dict__'):
+        text = re.sub('0x[0-9a-fA-F]+', '', repr(value))
+        return [text, getattr(value, '__wrapped__', None)]
     return [type(value), vars(value)]
 
 # %% ../nbs/99_features.ipynb #68fcc0b1
@@ -404,9 +390,7 @@ def _data_key(
     "The SHA-256 of a dataset and of eight of its images; `ValueError` if they are random."
     _check_dataset(dataset)
     some = _evenly(len(dataset), 8)
-    first, second = (
-        [digest([_read_images(dataset, [i])]) for i in some] for _ in range(2)
-    )
+    first, second = ([digest([_read_images(dataset, [i])]) for i in some] for _ in range(2))
     if first != second:
         raise ValueError(
             'dataset gave one image in two ways: its transform is random, '
@@ -416,10 +400,7 @@ def _data_key(
 
 # %% ../nbs/99_features.ipynb #61b5c3be
 _PARTS_OF_KEY = {'data': 'dataset or transform', 'model': 'model', 'dtype': 'dtype'}
-_REMEDY = (
-    'choose another save_file, or rebuild=True, which keeps the old file '
-    'under another name'
-)
+_REMEDY = 'choose another save_file, or rebuild=True, which keeps the old file under another name'
 
 
 def _save_features(
@@ -445,9 +426,7 @@ def _load_features(
             raise TypeError('a feature file holds a dictionary')
         features, found = content['features'], content['key']
         whole = digest([features]) == content['sha256']
-        other = [
-            name for part, name in _PARTS_OF_KEY.items() if found[part] != key[part]
-        ]
+        other = [name for part, name in _PARTS_OF_KEY.items() if found[part] != key[part]]
     except Exception as e:
         raise ValueError(
             f'{path} is damaged, or no feature file ({type(e).__name__}); {_REMEDY}'
@@ -457,9 +436,7 @@ def _load_features(
             f'{path} is damaged: its features are not those that were written; {_REMEDY}'
         )
     if other:
-        raise ValueError(
-            f'{path} is of another {" and another ".join(other)}; {_REMEDY}'
-        )
+        raise ValueError(f'{path} is of another {" and another ".join(other)}; {_REMEDY}')
     fits = isinstance(features, Tensor) and features.ndim == 2 and len(features) == rows
     if not fits:
         raise ValueError(f'{path} must hold features of {rows} images; {_REMEDY}')
@@ -483,9 +460,7 @@ def _features_of(
         )
     out = out.detach().to('cpu', dtype, copy=True).contiguous()
     if not out.isfinite().all():
-        raise ValueError(
-            f'model must give finite features, got infinities or NaN, as {dtype}'
-        )
+        raise ValueError(f'model must give finite features, got infinities or NaN, as {dtype}')
     return out
 
 # %% ../nbs/99_features.ipynb #d0cc4255
@@ -630,9 +605,7 @@ def _check_call(
     _check_dataset(dataset)
     check_int('batch_size', batch_size)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(
-            f'dtype must be a floating dtype such as torch.float32, got {dtype!r}'
-        )
+        raise TypeError(f'dtype must be a floating dtype such as torch.float32, got {dtype!r}')
     if save_file is not None and whole_path(save_file).is_dir():
         raise ValueError(f'save_file must be a file, got the folder {save_file}')
 
@@ -654,12 +627,7 @@ def _compute(
     model, parts = extraction.model, extraction.folder
     device = _device_of(model)
     try:
-        with (
-            interruptible(parts, '*.pt'),
-            quiet(),
-            threads(machine.threads),
-            evaluating(model),
-        ):
+        with interruptible(parts, '*.pt'), quiet(), threads(machine.threads), evaluating(model):
             trainer.predict(extraction, return_predictions=False)
     finally:
         model.to(device)
@@ -667,15 +635,13 @@ def _compute(
     found = extraction.load()
     trainer.strategy.barrier()
     if any(part is None for part in found):
-        raise ValueError(
-            f'{parts} lost some parts while they were computed; start again to go on'
-        )
+        raise ValueError(f'{parts} lost some parts while they were computed; start again to go on')
     return torch.cat(found)
 
 # %% ../nbs/99_features.ipynb #701ffe94
 def extract_features(
     dataset,  # (image, label) pairs, or images; map-style, with a fixed transform
-    save_file=None,  # where to keep them; by default a file named by its key, in `feature_root()`
+    save_file=None,  # where to keep them; by default a file named by its key, in feature_root()
     model: nn.Module | None = None,  # [B, C, H, W] to [B, D]; None: imagenet_resnet34
     *,
     batch_size: int = 128,  # images at a time, and in a part
@@ -746,8 +712,7 @@ class PictureCNN(nn.Sequential):
         "The features of pictures; their size may differ from 32."
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                'images must be uint8 [B, 3, H, W], '
-                f'got {images.dtype} {list(images.shape)}'
+                f'images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}'
             )
         return super().forward(images.to(self[0].weight) / 127.5 - 1)
 
@@ -807,19 +772,15 @@ class PictureCNNSettings(Settings):
 
     smallest = dict(per_class=1, batch_size=1, epochs=1, seed=0)
 
-
+# %% ../nbs/99_features.ipynb #f23a7954
 def train_picture_cnn(
     path,  # where the weights go; an older file there is kept under another name
     *,
     machine: Machine | None = None,  # where to run
-    **settings,  # fields of `PictureCNNSettings`
+    **settings,  # fields of PictureCNNSettings
 ) -> dict:  # val_acc and test_acc, on pictures it has not seen
     "Train the extractor on the characters that no task uses, and keep half-precision weights."
-    s, machine, path = (
-        PictureCNNSettings(**settings),
-        machine or Machine(),
-        whole_path(path),
-    )
+    s, machine, path = (PictureCNNSettings(**settings), machine or Machine(), whole_path(path))
 
     def pictures(train, seed, per_class):
         what = dict(characters=OTHER_CHARACTERS, per_class=per_class, seed=seed)
@@ -850,7 +811,7 @@ def train_picture_cnn(
 
 # %% ../nbs/99_features.ipynb #fb999533
 def picture_cnn(
-    path=None,  # weights from `train_picture_cnn`; by default those that come with the package
+    path=None,  # weights from train_picture_cnn; by default those that come with the package
 ) -> nn.Module:  # a PictureCNN, frozen
     "The extractor for the offline pictures."
     if path is None:
@@ -889,11 +850,7 @@ class Preprocess(nn.Module):
         from torchvision.transforms.v2.functional import resize
 
         colours = len(self.mean)
-        if (
-            images.dtype != torch.uint8
-            or images.ndim != 4
-            or images.shape[1] != colours
-        ):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != colours:
             raise ValueError(
                 f'images must be uint8 [B, {colours}, h, w], got {images.dtype} '
                 f'{list(images.shape)}; leave normalisation out of the transform of the dataset'

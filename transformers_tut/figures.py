@@ -28,13 +28,7 @@ from torch import Tensor
 from .checks import check_int, check_positive
 
 # %% ../nbs/94_figures.ipynb #8667ed16
-_BLUE, _ORANGE, _GREEN, _PINK, _GREY = (
-    '#0072b2',
-    '#d55e00',
-    '#009e73',
-    '#cc79a7',
-    '#7f7f7f',
-)
+_BLUE, _ORANGE, _GREEN, _PINK, _GREY = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#7f7f7f')
 
 COLOURS = {
     'query': _BLUE,
@@ -62,8 +56,7 @@ def _drawn_in_pixels(fig: Figure) -> bool:
         return True
     lines = sum(len(line.get_xdata()) for line in fig.findobj(mpl.lines.Line2D))
     shapes = sum(
-        len(c.get_offsets()) + len(c.get_paths())
-        for c in fig.findobj(mpl.collections.Collection)
+        len(c.get_offsets()) + len(c.get_paths()) for c in fig.findobj(mpl.collections.Collection)
     )
     return lines + shapes > _POINTS
 
@@ -73,11 +66,7 @@ def _show_sharply(shell):
     from IPython.core.pylabtools import print_figure, retina_figure
 
     def svg(fig):
-        return (
-            None
-            if _drawn_in_pixels(fig)
-            else print_figure(fig, 'svg', metadata={'Date': None})
-        )
+        return None if _drawn_in_pixels(fig) else print_figure(fig, 'svg', metadata={'Date': None})
 
     def png(fig):
         return retina_figure(fig) if _drawn_in_pixels(fig) else None
@@ -91,22 +80,11 @@ def house_style():
     "Draw all figures from here on in the style of the course."
     text = {
         key: _GREY
-        for key in [
-            'text.color',
-            'axes.labelcolor',
-            'axes.edgecolor',
-            'xtick.color',
-            'ytick.color',
-        ]
+        for key in ['text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color']
     }
     clear = {
         key: 'none'
-        for key in [
-            'figure.facecolor',
-            'axes.facecolor',
-            'savefig.facecolor',
-            'legend.facecolor',
-        ]
+        for key in ['figure.facecolor', 'axes.facecolor', 'savefig.facecolor', 'legend.facecolor']
     }
     rest = {
         'axes.spines.top': False,
@@ -185,9 +163,7 @@ def node(
     colour: str = 'neutral',  # as for box
 ) -> _Box:  # what arrow takes
     "A small circle, where things meet."
-    ax.add_patch(
-        Circle((x, y), r, fc=_tint(colour), ec=COLOURS.get(colour, colour), lw=1.2)
-    )
+    ax.add_patch(Circle((x, y), r, fc=_tint(colour), ec=COLOURS.get(colour, colour), lw=1.2))
     ax.text(x, y, text, ha='center', va='center', fontsize=11, color='#222222')
     return _Box(x, y, 2 * r, 2 * r)
 
@@ -239,13 +215,7 @@ def arrow(
     colour = COLOURS.get(colour, colour)
     if via:
         ax.plot(*zip(*points[:-1]), color=colour, zorder=0.5, **{'lw': 1.2} | kwargs)
-    style = {
-        'arrowstyle': '-|>',
-        'color': colour,
-        'shrinkA': 0,
-        'shrinkB': 0,
-        'lw': 1.2,
-    }
+    style = {'arrowstyle': '-|>', 'color': colour, 'shrinkA': 0, 'shrinkB': 0, 'lw': 1.2}
     ax.annotate('', points[-1], points[-2], arrowprops=style | kwargs, zorder=0.5)
     (x0, y0), (x1, y1) = points[:2]
     note(ax, (x0 + x1) / 2 + dx, (y0 + y1) / 2, text, ha='left')
@@ -254,9 +224,7 @@ def arrow(
 def _pick(data, idx: int, name: str, what: str):
     "Sequence `idx` of a batch of labels or images."
     if idx >= len(data):
-        raise ValueError(
-            f'{name} must have {what} for sequence {idx}, got {len(data)} sequences'
-        )
+        raise ValueError(f'{name} must have {what} for sequence {idx}, got {len(data)} sequences')
     return data[idx]
 
 
@@ -278,9 +246,7 @@ def as_labels(
     if getattr(data, 'ndim', 1) > 1:
         data = _pick(data, idx, name, 'labels')
     values = data.tolist() if hasattr(data, 'tolist') else data
-    labels = [
-        str(value) for value in (values if isinstance(values, Sequence) else [values])
-    ]
+    labels = [str(value) for value in (values if isinstance(values, Sequence) else [values])]
     if len(labels) != length:
         raise ValueError(
             f'{name} must have {length} labels, one for each token of the map, got {len(labels)}'
@@ -295,11 +261,7 @@ def as_image(
     "One image, ready to be drawn; `ValueError` where it is none."
     if hasattr(image, 'convert'):
         image = image.convert('RGB')
-    x = (
-        image.detach().cpu()
-        if isinstance(image, Tensor)
-        else torch.from_numpy(np.array(image))
-    )
+    x = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
     if x.ndim == 2:
         x = x[..., None].expand(-1, -1, 3)
     if x.ndim == 3 and x.shape[-1] != 3:
@@ -324,9 +286,7 @@ def as_images(
     idx: int,  # which sequence of a batch
     length: int,  # T, how many images are needed
     name: str,  # the argument, for the message
-) -> (
-    list[np.ndarray] | None
-):  # `length` images [H, W, 3]; None where `data` holds labels
+) -> list[np.ndarray] | None:  # `length` images [H, W, 3]; None where `data` holds labels
     "Images for one axis of a map; `TypeError` or `ValueError` where they cannot be that."
     ndim = getattr(data, 'ndim', 0)
     if isinstance(data, str) or (not isinstance(data, Sequence) and ndim < 3):
@@ -343,8 +303,7 @@ def as_images(
         )
     if len(images) != length:
         raise ValueError(
-            f'{name} must have {length} images, one for each element of the map, '
-            f'got {len(images)}'
+            f'{name} must have {length} images, one for each element of the map, got {len(images)}'
         )
     return [as_image(d, name) for d in data]
 
@@ -353,9 +312,7 @@ def _check_mark(mark, length: int, side: str = 'key') -> int | None:
     if mark is None:
         return None
     if check_int('mark', mark, 0) >= length:
-        raise ValueError(
-            f'mark must be a {side} from 0 to {length - 1}, or None, got {mark}'
-        )
+        raise ValueError(f'mark must be a {side} from 0 to {length - 1}, or None, got {mark}')
     return int(mark)
 
 
@@ -407,15 +364,11 @@ def as_maps(
             f'got {type(attn_maps).__name__}'
         )
     if not attn_maps:
-        raise ValueError(
-            'attn_maps must hold at least one map [B, H, Tq, Tk], got none'
-        )
+        raise ValueError('attn_maps must hold at least one map [B, H, Tq, Tk], got none')
     maps = [_as_map(m, idx) for m in attn_maps]
     shapes = sorted({tuple(m.shape) for m in maps})
     if len(shapes) > 1:
-        raise ValueError(
-            f'all layers must have maps of one shape [H, Tq, Tk], got {shapes}'
-        )
+        raise ValueError(f'all layers must have maps of one shape [H, Tq, Tk], got {shapes}')
     return maps
 
 
@@ -428,9 +381,7 @@ def _as_map(m, idx: int) -> Tensor:
         )
     if m.ndim == 4:
         if idx >= len(m):
-            raise ValueError(
-                f'idx must be from 0 to {len(m) - 1}, within the batch, got {idx}'
-            )
+            raise ValueError(f'idx must be from 0 to {len(m) - 1}, within the batch, got {idx}')
         m = m[idx]
     if not m.numel():
         raise ValueError(
@@ -465,9 +416,7 @@ def label_side(
     bottom = ax.get_ylim()[0]
     for i, image in enumerate(labels):
         x, y = (i, bottom + 0.65) if side == 'bottom' else (-1.15, i)  # the centre
-        h, w = (
-            0.44 * size / max(image.shape) for size in image.shape[:2]
-        )  # half of its size
+        h, w = (0.44 * size / max(image.shape) for size in image.shape[:2])  # half of its size
         ax.imshow(image, extent=(x - w, x + w, y + h, y - h), clip_on=False)
         if i == mark:
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, clip_on=False, **frame))
@@ -498,9 +447,7 @@ def map_grid(
     left = 0.5 if isinstance(queries[0], str) else 0.2 + cell
     rows, columns = len(maps), len(maps[0])
     figsize = (columns * (cell * Tk + left) + 0.9, rows * (cell * Tq + 0.7))
-    fig, axes = plt.subplots(
-        rows, columns, squeeze=False, layout='constrained', figsize=figsize
-    )
+    fig, axes = plt.subplots(rows, columns, squeeze=False, layout='constrained', figsize=figsize)
     for i, j in np.ndindex(rows, columns):
         ax = axes[i, j]
         image = ax.imshow(maps[i][j].numpy(), vmin=0, vmax=top, cmap=cmap)

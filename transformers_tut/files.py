@@ -181,15 +181,11 @@ def download(
         if not known:
             with atomic_write(record) as note:
                 note.write_text(f'{got}  {path.name}\n')
-            print(
-                f'{path.name}: {size} bytes, SHA-256 {got}, recorded in {record.name}'
-            )
+            print(f'{path.name}: {size} bytes, SHA-256 {got}, recorded in {record.name}')
     return path
 
 # %% ../nbs/91_files.ipynb #87dd5408
-_PUBLISHED_URL = (
-    'https://raw.githubusercontent.com/phlippe/saved_models/main/tutorial6/'
-)
+_PUBLISHED_URL = 'https://raw.githubusercontent.com/phlippe/saved_models/main/tutorial6/'
 # file: SHA-256, where it is known
 PUBLISHED = {
     'ReverseTask.ckpt': '30bc6601c4818c15f0e4d12aabcebfc199ba8cb40386ecbe90aaae9e6693c19b',
@@ -228,10 +224,7 @@ def make_study(
         print(f'{show_path(path)} is there; TUT_STUDIES=anew makes it again')
         return
     plain = [
-        {
-            key: value.item() if hasattr(value, 'item') else value
-            for key, value in row.items()
-        }
+        {key: value.item() if hasattr(value, 'item') else value for key, value in row.items()}
         for row in rows()
     ]
     facts = settings | {
@@ -244,9 +237,7 @@ def make_study(
         # one line each, whatever the value
         head += f'# {key}: {" ".join(str(value).split())}\n'
     with atomic_write(path) as scratch:
-        scratch.write_text(
-            head + pd.DataFrame(plain).to_csv(index=False), encoding='utf-8'
-        )
+        scratch.write_text(head + pd.DataFrame(plain).to_csv(index=False), encoding='utf-8')
 
 # %% ../nbs/91_files.ipynb #499670cc
 def read_study(

@@ -25,9 +25,7 @@ def plot_attention_maps(
     maps = as_maps(attn_maps, idx)
     H, Tq, Tk = maps[0].shape
     sides = as_sides(input_data, queries, idx, Tq, Tk, mark)
-    titles = [
-        [f'layer {i + 1}, head {j + 1}' for j in range(H)] for i in range(len(maps))
-    ]
+    titles = [[f'layer {i + 1}, head {j + 1}' for j in range(H)] for i in range(len(maps))]
     return map_grid(maps, titles, cell=cell, cmap=cmap, **sides)
 
 # %% ../nbs/05_maps.ipynb #41bd5235

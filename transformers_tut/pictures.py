@@ -69,15 +69,12 @@ def _check_characters(
         raise ValueError("characters must hold at least one character, got ''")
     twice = sorted({c for c in characters if characters.count(c) > 1})
     if twice:
-        raise ValueError(
-            f'each of characters is a class and may appear once, got more of {twice}'
-        )
+        raise ValueError(f'each of characters is a class and may appear once, got more of {twice}')
     known = _known_characters()
     missing = [c for c in characters if ord(c) not in known or c.isspace()]
     if missing:
         raise ValueError(
-            "characters must be known to all of matplotlib's text fonts, "
-            f'{missing} are not'
+            f"characters must be known to all of matplotlib's text fonts, {missing} are not"
         )
     return characters
 
@@ -119,9 +116,7 @@ def _place_glyphs(
     dx, dy = uniform(-0.2, 0.2, 2).unbind(-1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
     affine = torch.stack([cos, -sin, dx, sin, cos, dy], -1).view(-1, 2, 3)
-    grid = F.affine_grid(
-        affine, [len(tiles), 1, 2 * _SIZE, 2 * _SIZE], align_corners=False
-    )
+    grid = F.affine_grid(affine, [len(tiles), 1, 2 * _SIZE, 2 * _SIZE], align_corners=False)
     ink = tiles[:, None].float() / 255  # [N, 1, 64, 64]
     return F.avg_pool2d(F.grid_sample(ink, grid, align_corners=False), 2)
 
@@ -143,7 +138,7 @@ def _colour_in(
 
 # %% ../nbs/96_pictures.ipynb #513d77e4
 def _read_pictures(
-    path: Path,  # a file written by `CharacterPictures`
+    path: Path,  # a file written by CharacterPictures
     shape: tuple,  # the array expected
 ) -> np.ndarray:  # uint8
     "Read the pictures of a file; `ValueError` where it is damaged."

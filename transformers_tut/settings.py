@@ -37,9 +37,7 @@ def _plain(
     if kind is float:
         return check_number(name, value)
     if not isinstance(value, str):
-        raise TypeError(
-            f'{name} must be a text, got {value!r} of type {type(value).__name__}'
-        )
+        raise TypeError(f'{name} must be a text, got {value!r} of type {type(value).__name__}')
     return str(value)
 
 
@@ -97,8 +95,7 @@ class Machine(Settings):
         object.__setattr__(self, 'devices', str(devices).replace(' ', ''))
         if not re.fullmatch(r'auto|-1|\d+|\d+(,\d+)*,?', self.devices):
             raise ValueError(
-                'devices must be a number, a list of indices such as 0,1, or auto, '
-                f'got {devices!r}'
+                f'devices must be a number, a list of indices such as 0,1, or auto, got {devices!r}'
             )
         super().__post_init__()
 
@@ -117,12 +114,9 @@ class Machine(Settings):
         everything = devices == 'auto' or (devices == -1 and kind != 'CPU cores')
         if there is not None and not everything and not 1 <= needed <= there:
             raise ValueError(
-                f'devices must be from 1 to {there}, the number of {kind} here, '
-                f'got {self.devices}'
+                f'devices must be from 1 to {there}, the number of {kind} here, got {self.devices}'
             )
-        return dict(
-            accelerator=self.accelerator, devices=devices, strategy=self.strategy
-        )
+        return dict(accelerator=self.accelerator, devices=devices, strategy=self.strategy)
 
     def _devices(self) -> int | list[int] | str:
         "How many, which, or 'auto'."
@@ -330,11 +324,7 @@ def _options_class(
     if cls:
         text = 'train anew; files of an older run are kept under another name'
         options += [
-            (
-                'recipe',
-                described(Literal[tuple(recipes)], _recipe_help(recipes)),
-                recipe,
-            ),
+            ('recipe', described(Literal[tuple(recipes)], _recipe_help(recipes)), recipe),
             ('fresh', described(switch, text), False),
             ('settings', OmitArgPrefixes[cls], cls(**recipes[recipe])),
             ('machine', OmitArgPrefixes[Machine], Machine()),
@@ -370,16 +360,11 @@ def _parse(
     chosen = ''
     if cls:
         plain = _options_class(cls, recipes | {'': {}}, '', flags)
-        first, _ = tyro.cli(
-            plain, prog=name, args=argv, add_help=False, return_unknown_args=True
-        )
+        first, _ = tyro.cli(plain, prog=name, args=argv, add_help=False, return_unknown_args=True)
         by_default = recipe(first.settings) if callable(recipe) else recipe
         chosen = first.recipe or by_default
     options = tyro.cli(
-        _options_class(cls, recipes, chosen, flags),
-        prog=name,
-        description=description,
-        args=argv,
+        _options_class(cls, recipes, chosen, flags), prog=name, description=description, args=argv
     )
     options.out_dir = whole_path(options.out_dir) if options.out_dir else None
     if cls:
@@ -407,9 +392,7 @@ def command(
 
             def run():
                 description = function.__doc__ or ''
-                options = _parse(
-                    argv, name, description, settings, recipes or {}, recipe, flags
-                )
+                options = _parse(argv, name, description, settings, recipes or {}, recipe, flags)
                 options.started = began
                 return function(options)
 

@@ -33,12 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .anomaly import AnomalySettings, SetAnomalyDataset, anomaly_model
 from .attention import MultiheadAttention, to_torch
-from transformers_tut.benchmark import (
-    as_table,
-    compare,
-    in_turns,
-    peak_memory,
-)
+from .benchmark import as_table, compare, in_turns, peak_memory
 from .checks import check_bool, check_int
 from .encoder import EncoderBlock, TransformerEncoder
 from .fast import CrossEntropyLoss, Dropout, faster, fold_batchnorm
@@ -59,14 +54,10 @@ class Cost:
     parameters: int = 0  # numbers that are learnt
     forward_flops: int = 0  # of matrix products, in a forward pass
     training_flops: int = 0  # of matrix products, forwards and backwards
-    activation_bytes: int = (
-        0  # kept for the backward pass, in float32, the input among them
-    )
+    activation_bytes: int = 0  # kept for the backward pass, in float32, the input among them
 
     def __add__(self, other):
-        return Cost(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
-        )
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __mul__(self, times):
         return Cost(*(getattr(self, f.name) * times for f in fields(self)))
@@ -109,9 +100,7 @@ def encoder_cost(
     B = check_int('batch_size', batch_size)
     T = check_int('seq_len', seq_len)
     N = B * T
-    block = (
-        _linear_cost(N, D, 3 * D) + _attention_cost(B, T, D, H) + _linear_cost(N, D, D)
-    )
+    block = _linear_cost(N, D, 3 * D) + _attention_cost(B, T, D, H) + _linear_cost(N, D, D)
     block += _linear_cost(N, D, W) + _linear_cost(N, W, D) + _norm_cost(N, D) * 2
     if check_bool('dropout', dropout):
         block += Cost(activation_bytes=4 * N * (2 * D + W))  # its masks
@@ -131,9 +120,7 @@ def predictor_cost(
     shape = h.num_layers, D, h.num_heads, 2 * D, batch_size, seq_len
     encoder = encoder_cost(*shape, dropout=dropout, norm_first=h.norm_first)
     out = _linear_cost(N, D, D) + _norm_cost(N, D) + _linear_cost(N, D, h.num_classes)
-    masks = Cost(
-        activation_bytes=4 * N * 2 * D * dropout
-    )  # and the ReLU's output before it
+    masks = Cost(activation_bytes=4 * N * 2 * D * dropout)  # and the ReLU's output before it
     return _linear_cost(N, h.input_dim, D, first=True) + encoder + out + masks
 
 # %% ../nbs/20_speed.ipynb #1b0f8fd6
@@ -144,9 +131,7 @@ def _plot_length(
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout='constrained')
     style = dict(hue='variant', style='variant', markers=True, palette=COLOURS)
     for ax, y, label in zip(axes, ['ms', 'MB'], ['time (ms)', 'peak memory (MB)']):
-        sns.lineplot(
-            rows, x='T', y=y, estimator='median', errorbar=('pi', 100), ax=ax, **style
-        )
+        sns.lineplot(rows, x='T', y=y, estimator='median', errorbar=('pi', 100), ax=ax, **style)
         ax.set_xscale('log', base=2)
         ax.set(xlabel='length $T$ (elements)', ylabel=label, yscale='log')
     axes[0].legend(title=None)
@@ -173,14 +158,8 @@ def _layers(d, k=3, r=64):
     return {
         'self-attention': (attention, lambda n: 2 * n * n * d),
         'recurrent': (lambda x: rnn(x)[0], lambda n: 2 * n * d * d),
-        'convolution': (
-            lambda x: conv(x.transpose(1, 2)).transpose(1, 2),
-            lambda n: k * n * d * d,
-        ),
-        'restricted': (
-            lambda x: _restricted_attention(x, r // 2),
-            lambda n: 2 * r * n * d,
-        ),
+        'convolution': (lambda x: conv(x.transpose(1, 2)).transpose(1, 2), lambda n: k * n * d * d),
+        'restricted': (lambda x: _restricted_attention(x, r // 2), lambda n: 2 * r * n * d),
     }
 
 # %% ../nbs/20_speed.ipynb #01820078
@@ -190,12 +169,8 @@ def _plot_layers(
     "Time and peak memory of the four layers, and what theory says of time."
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout='constrained')
     names = ['self-attention', 'recurrent', 'convolution', 'restricted']
-    palette = dict(
-        zip(names, [COLOURS[c] for c in ('weight', 'naive', 'value', 'query')])
-    )
-    style = dict(
-        hue='layer', style='layer', hue_order=names, style_order=names, palette=palette
-    )
+    palette = dict(zip(names, [COLOURS[c] for c in ('weight', 'naive', 'value', 'query')]))
+    style = dict(hue='layer', style='layer', hue_order=names, style_order=names, palette=palette)
     style |= dict(markers=True, dashes=False, estimator='median', errorbar=('pi', 100))
     for ax, y, label in zip(axes, ['ms', 'MB'], ['time (ms)', 'peak memory (MB)']):
         sns.lineplot(rows, x='n', y=y, ax=ax, **style)
@@ -217,9 +192,7 @@ def _plot_steps(
     tasks = rows.task.unique()
     fig, axes = plt.subplots(1, len(tasks), figsize=(8, 3.4), layout='constrained')
     for ax, task in zip(axes, tasks):
-        each = (
-            rows[rows.task == task].groupby(['variant', 'part'], sort=False).ms.median()
-        )
+        each = rows[rows.task == task].groupby(['variant', 'part'], sort=False).ms.median()
         bars = dict(stacked=True, rot=0, legend=False, width=0.6, colormap='viridis')
         each.unstack().plot.bar(ax=ax, **bars)
         ax.set(title=task, xlabel='', ylabel='time of a step (ms)')
@@ -228,9 +201,7 @@ def _plot_steps(
     return fig
 
 # %% ../nbs/20_speed.ipynb #19ecaf6c
-def _mfu_rows(
-    device, model_dim=1024, num_layers=12, batch_size=32, seq_len=1024, compiled=True
-):
+def _mfu_rows(device, model_dim=1024, num_layers=12, batch_size=32, seq_len=1024, compiled=True):
     "Training steps in float32, in bfloat16, and compiled: milliseconds, tokens in a second, MFU."
     x = torch.randn(batch_size, seq_len, 64, device=device)
     variants = [('float32', None), ('bfloat16', torch.bfloat16)]
@@ -239,22 +210,16 @@ def _mfu_rows(
     rows = []
     for name, dtype in variants:
         shape = 64, model_dim, 64, model_dim // 64, num_layers
-        model = TransformerPredictor(*shape, lr=1e-4, warmup=1, max_iters=100).to(
-            device
-        )
+        model = TransformerPredictor(*shape, lr=1e-4, warmup=1, max_iters=100).to(device)
         run = torch.compile(model) if 'compiled' in name else model
         a = torch.randn(2 * (8 * model_dim,), device=device, dtype=dtype)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
         step = partial(_mixed_step, run, optimizer, x, dtype)
-        times = in_turns(
-            {'step': step, 'matmul': partial(torch.matmul, a, a)}, rounds=5
-        )
+        times = in_turns({'step': step, 'matmul': partial(torch.matmul, a, a)}, rounds=5)
         took, limit = median(times['step']), 2 * len(a) ** 3 / median(times['matmul'])
         needed = 3 * predictor_cost(model, batch_size, seq_len).forward_flops
         tokens = batch_size * seq_len / took
-        rows.append(
-            dict(variant=name, ms=1e3 * took, tokens=tokens, MFU=needed / took / limit)
-        )
+        rows.append(dict(variant=name, ms=1e3 * took, tokens=tokens, MFU=needed / took / limit))
     return rows
 
 # %% ../nbs/20_speed.ipynb #c94b4f69
@@ -306,12 +271,8 @@ def _length_rows(powers, rounds=5):
 def _layer_rows(powers, rounds=5, d=64):
     "Time and peak memory of the four layers at lengths 2**power: rows for the study."
     layers = _layers(d)
-    rows = _rows_by_size(
-        'n', 'layer', powers, d, {k: f for k, (f, _) in layers.items()}, rounds
-    )
-    return [
-        row | dict(multiplications=layers[row['layer']][1](row['n'])) for row in rows
-    ]
+    rows = _rows_by_size('n', 'layer', powers, d, {k: f for k, (f, _) in layers.items()}, rounds)
+    return [row | dict(multiplications=layers[row['layer']][1](row['n'])) for row in rows]
 
 # %% ../nbs/20_speed.ipynb #0e6cf781
 def _rows_by_size(size, kind, powers, width, calls, rounds):
@@ -368,11 +329,7 @@ def _long_rows(quick):
     "Attention on a long sequence: without and with a causal mask, forwards and both ways."
     model = MultiheadAttention(256, 256, 4)
     x = torch.randn(1, 256 if quick else 2048, 256)
-    goals = {
-        (False, False): 0.85,
-        (True, False): 0.8,
-        (True, True): 0.7,
-    }  # shares hoped for
+    goals = {(False, False): 0.85, (True, False): 0.8, (True, True): 0.7}  # shares hoped for
     for causal in (False, True):
         for both in (False, True):
             share = goals.get((causal, both))
@@ -399,11 +356,7 @@ def _memory_rows(quick):
     "The peak memory of attention on a very long sequence."
     T = 512 if quick else 8192
     ours, x = MultiheadAttention(256, 256, 4), torch.randn(1, T, 256)
-    models = {
-        'naive': _naive_twin(ours),
-        'ours': ours,
-        'torch.nn': _peers(ours, x)['torch.nn'],
-    }
+    models = {'naive': _naive_twin(ours), 'ours': ours, 'torch.nn': _peers(ours, x)['torch.nn']}
 
     def peak(model):
         return lambda: peak_memory(_forward(model, x)) / 1e6
@@ -411,9 +364,7 @@ def _memory_rows(quick):
     variants = {name: peak(model) for name, model in models.items()}
     variants['q, k, v, answer'] = lambda: 4 * T * 4 * 256 / 1e6
     rest = dict(unit='MB', timed=False, rounds=1)
-    yield compare(
-        f'attention, T = {T}, memory', variants, limit='q, k, v, answer', **rest
-    )
+    yield compare(f'attention, T = {T}, memory', variants, limit='q, k, v, answer', **rest)
 
 # %% ../nbs/20_speed.ipynb #b77e77e1
 def _masked_rows(quick):
@@ -421,10 +372,7 @@ def _masked_rows(quick):
     rounds = 2 if quick else 7
     ours = MultiheadAttention(256, 256, 4)
     naive, T = _naive_twin(ours), 128 if quick else 1024
-    x, real = (
-        torch.randn(4, T, 256),
-        torch.arange(T) < torch.tensor([[T], [T // 2], [T - 1], [9]]),
-    )
+    x, real = torch.randn(4, T, 256), torch.arange(T) < torch.tensor([[T], [T // 2], [T - 1], [9]])
     mask = torch.ones(T, T).tril() * real[:, None, None]
     both = partial(ours, is_causal=True, key_padding_mask=real)
     variants = {'naive': _forward(naive, x, mask), 'ours': _forward(both, x)}
@@ -434,17 +382,13 @@ def _masked_rows(quick):
     short = torch.randn(128, 16, 256)
     for way, words in [(_forward, 'forward'), (_both_ways, 'both ways')]:
         variants = {'ours': way(ours, short), 'written out': way(naive, short)}
-        variants |= {
-            name: way(peer, short) for name, peer in _peers(ours, short).items()
-        }
+        variants |= {name: way(peer, short) for name, peer in _peers(ours, short).items()}
         yield compare(f'attention, T = 16, {words}', variants, rounds=rounds, ratio=1)
     block, small = EncoderBlock(256, 4, 512), torch.randn(8, 128, 256)
     variants = {'naive': _naive_twin(block), 'ours': block, 'torch.nn': to_torch(block)}
     flops = encoder_cost(1, 256, 4, 512, 8, 128).training_flops
     variants = {name: _both_ways(call, small) for name, call in variants.items()}
-    yield compare(
-        'encoder block, T = 128, both ways', variants, flops=flops, rounds=rounds
-    )
+    yield compare('encoder block, T = 128, both ways', variants, flops=flops, rounds=rounds)
 
 # %% ../nbs/20_speed.ipynb #7e233553
 def _fast_rows(quick):
@@ -452,19 +396,12 @@ def _fast_rows(quick):
     rounds = 2 if quick else 15
     for n in (2**11, 2**18):
         calls = {'ours': Dropout(0.1), 'torch.nn': nn.Dropout(0.1)}
-        variants = {
-            name: _both_ways(call, torch.randn(n)) for name, call in calls.items()
-        }
-        yield compare(
-            f'dropout, {n:,} elements, both ways', variants, rounds=rounds, ratio=1
-        )
+        variants = {name: _both_ways(call, torch.randn(n)) for name, call in calls.items()}
+        yield compare(f'dropout, {n:,} elements, both ways', variants, rounds=rounds, ratio=1)
     for n in (64, 2048):
         logits, targets = torch.randn(n, 10), torch.arange(n) % 10
         calls = {'ours': CrossEntropyLoss(), 'torch.nn': nn.CrossEntropyLoss()}
-        variants = {
-            name: _both_ways(call, logits, target=targets)
-            for name, call in calls.items()
-        }
+        variants = {name: _both_ways(call, logits, target=targets) for name, call in calls.items()}
         name = f'cross-entropy, {n:,} x 10, both ways'
         yield compare(name, variants, rounds=rounds, ratio=1)
 
@@ -482,9 +419,7 @@ class _NaiveSets(Dataset):
         other = self.random.randint(len(self.by_class) - 1)
         if other >= label:
             other += 1
-        chosen = self.random.choice(
-            len(self.by_class[other]), self.set_size - 1, replace=False
-        )
+        chosen = self.random.choice(len(self.by_class[other]), self.set_size - 1, replace=False)
         return self.by_class[other][chosen]
 
     def __len__(self):
@@ -507,9 +442,7 @@ def _set_rows(quick):
         'ours': lambda: ours.collated(next(order).tolist()),
         'a copy': lambda: target.copy_(batch),
     }
-    yield compare(
-        'a batch of 64 sets', variants, limit='a copy', rounds=rounds, share=1 / 4
-    )
+    yield compare('a batch of 64 sets', variants, limit='a copy', rounds=rounds, share=1 / 4)
     alone = cycle(torch.randint(N, (1000,)).tolist())
     variants = {'naive': lambda: naive[next(alone)], 'ours': lambda: ours[next(alone)]}
     yield compare('a set, read at random', variants, rounds=rounds, most=0.2)
@@ -537,11 +470,7 @@ def _image_rows(quick):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
     pictures = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
     as_pil = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures]
-    steps = [
-        transforms.Resize((224, 224)),
-        transforms.ToTensor(),
-        transforms.Normalize(mean, std),
-    ]
+    steps = [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(mean, std)]
     one_by_one, prepare = transforms.Compose(steps), Preprocess(224, mean, std)
     variants = {
         'naive': lambda: torch.stack([one_by_one(p) for p in as_pil]),
@@ -554,9 +483,7 @@ def _image_rows(quick):
         net(ready)
     variants = {'torchvision': lambda: net(ready), 'ours': lambda: folded(ready)}
     flops = counter.get_total_flops()
-    yield compare(
-        f'ResNet34 features of {images} images', variants, flops=flops, rounds=rounds
-    )
+    yield compare(f'ResNet34 features of {images} images', variants, flops=flops, rounds=rounds)
 
 # %% ../nbs/20_speed.ipynb #b9ce92c6
 class _NaiveTraining(pl.LightningModule):
@@ -607,12 +534,7 @@ class _StepTimes(pl.Callback):
 def _lightning_step(module, loader, steps, clip):
     "Train for some steps on the CPU: the median milliseconds of one."
     times = _StepTimes()
-    off = [
-        'logger',
-        'enable_checkpointing',
-        'enable_progress_bar',
-        'enable_model_summary',
-    ]
+    off = ['logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary']
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*have no `val_dataloader`')
         trainer = pl.Trainer(
@@ -643,9 +565,7 @@ class _Task:
     def lightning(self, way, steps):
         "The milliseconds of a step in Lightning."
         if way == 'ours':
-            return _lightning_step(
-                copy.deepcopy(self.model), self.loader, steps, self.clip
-            )
+            return _lightning_step(copy.deepcopy(self.model), self.loader, steps, self.clip)
         module = _NaiveTraining(_naive_twin(self.model), self.naive_logits)
         return _lightning_step(module, self.naive_loader, steps, self.clip)
 
@@ -668,14 +588,7 @@ def _tasks(quick=False):
     of_sets = TaskData(sets, sets, sets, a.batch_size).train_dataloader()
     loaders = sequences.train_dataloader(), plain(sequences.sets['train'], s.batch_size)
     return [
-        _Task(
-            'reverse',
-            models[0],
-            *loaders,
-            _naive_reverse,
-            s.gradient_clip_val,
-            s.seq_len,
-        ),
+        _Task('reverse', models[0], *loaders, _naive_reverse, s.gradient_clip_val, s.seq_len),
         _Task(
             'anomaly',
             models[1],
@@ -766,9 +679,7 @@ def _round_of_steps(task, steps):
         took = {part: median(s[part] for s in samples[2:]) for part in _PARTS}
         rest = task.lightning(way, steps) - sum(took.values())
         took['Lightning, logging'] = max(0.0, rest)
-        rows += [
-            dict(task=task.name, variant=way, part=p, ms=ms) for p, ms in took.items()
-        ]
+        rows += [dict(task=task.name, variant=way, part=p, ms=ms) for p, ms in took.items()]
     return rows
 
 # %% ../nbs/20_speed.ipynb #9579b7e1
@@ -785,9 +696,7 @@ def _training_rows(quick):
             timed=False,
             rounds=rounds,
         )
-        variants = {
-            way: partial(task.lightning, way, steps) for way in ('naive', 'ours')
-        }
+        variants = {way: partial(task.lightning, way, steps) for way in ('naive', 'ours')}
         variants['a plain loop'] = partial(task.plain, 'ours', steps)
         yield compare(
             f'{task.name}: a training step in Lightning',
@@ -810,10 +719,7 @@ def _command_rows(quick):
         with tempfile.TemporaryDirectory() as folder:
             return _seconds_of(run, '--out-dir', folder)
 
-    variants = {
-        'ours': whole,
-        'imports': lambda: _seconds_of('import transformers_tut.reverse'),
-    }
+    variants = {'ours': whole, 'imports': lambda: _seconds_of('import transformers_tut.reverse')}
     settings = dict(limit='imports', unit='s', timed=False, rounds=3)
     yield compare('tut_reverse, first call', variants, most=10, **settings)
 

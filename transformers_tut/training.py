@@ -25,11 +25,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning.callbacks import (
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-)
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -41,13 +37,7 @@ from torchmetrics import Metric
 
 from .checks import check_int
 from .files import atomic_write, set_aside, whole_path, write_json
-from transformers_tut.settings import (
-    Machine,
-    Terminated,
-    run_name,
-    threads,
-    threads_for,
-)
+from .settings import Machine, Terminated, run_name, threads, threads_for
 
 # %% ../nbs/93_training.ipynb #17d90e8a
 _NOISE = [
@@ -150,12 +140,7 @@ class SafeModule(pl.LightningModule):
         old = (dict, 'pytorch_lightning.utilities.parsing.AttributeDict')
         with quiet(), torch.serialization.safe_globals([old]):
             return super().load_from_checkpoint(
-                checkpoint_path,
-                map_location,
-                hparams_file,
-                strict,
-                weights_only,
-                **kwargs,
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
             )
 
 # %% ../nbs/93_training.ipynb #f4110be7
@@ -232,12 +217,7 @@ class TaskData(pl.LightningDataModule):
         "This process's share of each batch, in an order that the seed and the epoch decide."
         world, rank = self.ranks()
         sampler = DistributedSampler(
-            self.sets['train'],
-            world,
-            rank,
-            shuffle=True,
-            seed=self.seed,
-            drop_last=True,
+            self.sets['train'], world, rank, shuffle=True, seed=self.seed, drop_last=True
         )
         return self._loader('train', sampler, drop_last=True)
 
@@ -327,9 +307,7 @@ def interruptible(
         if not isinstance(cause, KeyboardInterrupt):
             raise
         done = any(folder.glob(kept))
-        found = (
-            'what was done is kept in' if done else 'there was nothing to keep yet in'
-        )
+        found = 'what was done is kept in' if done else 'there was nothing to keep yet in'
         message = f'interrupted; {found} {folder}: start again with the same settings to go on'
         if no_command and isinstance(cause, Terminated):
             print(message, file=sys.stderr)
@@ -458,9 +436,7 @@ def make_trainer(
     if machine.tensorboard:
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        logger = TensorBoardLogger(
-            folder, name='', version='tensorboard', default_hp_metric=False
-        )
+        logger = TensorBoardLogger(folder, name='', version='tensorboard', default_hp_metric=False)
         callbacks += [LearningRateMonitor('step'), _LogFigures()]
     return pl.Trainer(
         **args,
@@ -494,9 +470,7 @@ def evaluate(
     data: TaskData,  # its data
     trainer: pl.Trainer,  # where to run
     checkpoint: Path | None = None,  # weights to load first
-) -> (
-    dict
-):  # val_acc, val_loss, test_acc, test_loss; with a `train_sample` also train_...
+) -> dict:  # val_acc, val_loss, test_acc, test_loss; with a `train_sample` also train_...
     "Accuracy and loss over every validation and test sample, and of the fixed training sample."
     metrics, loggers = {}, trainer.loggers
     trainer.loggers = []  # these are results, not points of a curve
@@ -528,26 +502,16 @@ def _log_result(
 def _found(
     folder: Path,  # a run's folder
     model: pl.LightningModule,  # must fit what is found
-) -> tuple[
-    int | None, Path | None
-]:  # steps of a finished run; where an unfinished one goes on
+) -> tuple[int | None, Path | None]:  # steps of a finished run; where an unfinished one goes on
     "What an earlier call left."
-    best, last, report = (
-        folder / name for name in ('best.ckpt', 'last.ckpt', 'result.json')
-    )
+    best, last, report = (folder / name for name in ('best.ckpt', 'last.ckpt', 'result.json'))
     finished = report.exists() and best.exists()
     if not finished and not last.exists():
         return None, None
     with _readable(folder):
         for path in [best] if finished else [best, last]:
-            model.load_state_dict(
-                torch.load(path, 'cpu', weights_only=True)['state_dict']
-            )
-        return (
-            (json.loads(report.read_text())['steps'], None)
-            if finished
-            else (None, last)
-        )
+            model.load_state_dict(torch.load(path, 'cpu', weights_only=True)['state_dict'])
+        return (json.loads(report.read_text())['steps'], None) if finished else (None, last)
 
 # %% ../nbs/93_training.ipynb #423682d6
 @rank_zero_only
@@ -578,10 +542,7 @@ def train_task(
 ) -> tuple[pl.LightningModule, Run]:  # the best model, and the report
     "Find the model for these settings, or train it; then evaluate it where it was best."
     started, seconds = time.perf_counter(), 0.0
-    kwargs |= {
-        'stop_at': stop_at,
-        'val_check_interval': 1 / check_int('validations', validations),
-    }
+    kwargs |= {'stop_at': stop_at, 'val_check_interval': 1 / check_int('validations', validations)}
     folder, machine = whole_path(root) / run_name(settings), machine or Machine()
     cuda = range(torch.cuda.device_count())
     with torch.random.fork_rng(cuda), quiet(), interruptible(folder):

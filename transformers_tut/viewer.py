@@ -61,16 +61,11 @@ def _page_data(
     layers = [
         {
             'name': f'layer {i}',
-            'heads': [
-                {'name': f'head {j}', 'map': _whole(m)} for j, m in enumerate(heads, 1)
-            ],
+            'heads': [{'name': f'head {j}', 'map': _whole(m)} for j, m in enumerate(heads, 1)],
         }
         for i, heads in enumerate(maps, 1)
     ]
-    data = {
-        'keys': _page_side(sides['keys']) | {'mark': sides['mark']},
-        'layers': layers,
-    }
+    data = {'keys': _page_side(sides['keys']) | {'mark': sides['mark']}, 'layers': layers}
     if sides['queries'] is not sides['keys']:
         return data | {'queries': _page_side(sides['queries'])}
     rollout = {'name': 'all heads', 'map': _whole(attention_rollout(maps))}
@@ -121,14 +116,11 @@ def view_attention(
     sides = as_sides(input_data, queries, idx, *maps[0].shape[1:], mark)
     data = _page_data(maps, sides)
     titles = [
-        [f'{layer["name"]}, {head["name"]}' for head in layer['heads']]
-        for layer in data['layers']
+        [f'{layer["name"]}, {head["name"]}' for head in layer['heads']] for layer in data['layers']
     ]
     data['title'] = title or 'Attention maps'
     text = json.dumps(data, separators=(',', ':')).replace('<', r'\u003c')
-    template = (
-        files('transformers_tut').joinpath('viewer.html').read_text(encoding='utf-8')
-    )
+    template = files('transformers_tut').joinpath('viewer.html').read_text(encoding='utf-8')
     return AttentionView(
         template.replace('__DATA__', text), partial(map_grid, maps, titles, **sides)
     )
