@@ -6,7 +6,15 @@ import threading
 
 import pytest
 
-from transformers_tut.files import download, published_checkpoint, sha256
+from transformers_tut.files import (
+    download,
+    make_study,
+    published_checkpoint,
+    read_study,
+    sha256,
+    whole_path,
+    write_json,
+)
 
 CONTENT = bytes(range(256)) * 1000
 RIGHT = hashlib.sha256(CONTENT).hexdigest()
@@ -121,3 +129,24 @@ def test_no_network_is_one_sentence(tmp_path):
     with pytest.raises(ConnectionError, match='it needs a network connection, once'):
         download('http://127.0.0.1:9/file', tmp_path / 'c', RIGHT, progress=False)
     assert names(tmp_path) == []
+
+
+def test_paths_with_a_home(tmp_path, monkeypatch):
+    "Each function expands `~`, and nobody gets a folder that is called so."
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_json('~/a é %s.json', {})
+    assert sha256('~/a é %s.json') == sha256(tmp_path / 'a é %s.json')
+    with pytest.raises(ValueError, match='nobody knows'):
+        write_json('~no-such-user/a.json', {})
+    assert [path.name for path in tmp_path.iterdir()] == ['a é %s.json']
+    assert whole_path('./~no-such-user') == tmp_path / '~no-such-user'
+
+
+def test_a_study_keeps_names_like_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{'variant': name, 'acc': 0.5} for name in ('None', 'NA', 'nan')]
+    make_study('names', lambda: [*rows, {'variant': 'missing', 'acc': None}])
+    table = read_study('names')
+    assert table.variant.tolist() == ['None', 'NA', 'nan', 'missing']
+    assert table.acc.isna().tolist() == [False, False, False, True]

@@ -347,3 +347,10 @@ def test_labels_can_be_read_on_a_phone(tmp_path):
     page = in_a_notebook(view, '<body style="margin: 0; width: 375px">')
     report = drive(page, ['null', "point('#queries li', 3)"], tmp_path)
     assert (report['cut'], report['overflow'][0]) == (0, 0)
+
+
+def test_save_says_where_the_page_is(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    path = view_attention(None, torch.rand(1, 2, 2)).save('~/a é.html')
+    assert path == tmp_path / 'a é.html'
+    assert path.exists()

@@ -26,7 +26,10 @@ def whole_path(
     "The one place where a path from outside is made whole."
     if not str(path):
         raise ValueError('a path must not be empty')
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    expanded = os.path.expanduser(path)
+    if str(expanded).startswith('~'):
+        raise ValueError(f'{path} begins with the home of a user whom nobody knows here')
+    return Path(os.path.abspath(expanded))
 
 # %% ../nbs/91_files.ipynb #5d200b1d
 def show_path(
@@ -110,7 +113,7 @@ def sha256(
     "The SHA-256 of a file."
     from pooch import file_hash
 
-    return file_hash(str(path))
+    return file_hash(str(whole_path(path)))
 
 
 def _known_hash(
@@ -254,6 +257,7 @@ def read_study(
         )
     lines = path.read_text(encoding='utf-8').splitlines()
     head = list(takewhile(lambda line: line.startswith('# '), lines))
-    table = pd.read_csv(path, skiprows=len(head))
+    # only an empty field is missing: 'None' and 'NA' are names like any other
+    table = pd.read_csv(path, skiprows=len(head), keep_default_na=False, na_values=[''])
     table.attrs = dict(line[2:].split(': ', 1) for line in head)
     return table

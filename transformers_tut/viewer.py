@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .figures import as_maps, as_sides, map_grid, thumbnail
-from .files import atomic_write
+from .files import atomic_write, whole_path
 
 # %% ../nbs/95_viewer.ipynb #f9db6e0e
 def attention_rollout(
@@ -97,7 +97,7 @@ class AttentionView:
         "Write the page to a file that any browser opens."
         with atomic_write(path) as scratch:
             scratch.write_text(self.html, encoding='utf-8')
-        return Path(path)
+        return whole_path(path)
 
 # %% ../nbs/95_viewer.ipynb #6d63e93a
 def view_attention(
