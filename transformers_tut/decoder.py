@@ -87,7 +87,7 @@ class CrossAttention(nn.Module):
         context: Tensor,  # [B, Tk, D_c], answers
         *,
         context_padding_mask: Tensor | None = None,  # True = a real element: [B, Tk]
-        cache: '_LayerCache | None' = None,  # keeps the context's keys and values
+        cache: '_LayerCache | None' = None,  # this layer's part of a KVCache
         return_attention: bool = False,  # also return the weights
     ) -> Tensor | tuple[Tensor, Tensor]:  # [B, Tq, E], and if asked for [B, H, Tq, Tk]
         "Attend from every element of `x` to every real element of `context`."
@@ -207,9 +207,7 @@ class KVCache:
     def _copies(self, num_layers: int) -> list[_LayerCache]:
         "The layers' parts, to be changed while the cache stays as it is."
         if self._layers and len(self._layers) != num_layers:
-            raise ValueError(
-                f'cache holds {len(self._layers)} layers, this model has {num_layers}'
-            )
+            raise ValueError(f'cache holds {len(self._layers)} layers, this model has {num_layers}')
         new = [_LayerCache() for _ in range(num_layers)]
         return [copy.copy(layer) for layer in self._layers or new]
 
@@ -331,7 +329,7 @@ class CausalSelfAttention(MultiheadAttention):
         *,
         key_padding_mask: Tensor | None = None,  # True = real: [B, Tk], cached too
         positions: Positions | None = None,  # where tokens stand
-        cache: _LayerCache | None = None,  # the keys and values of earlier tokens
+        cache: _LayerCache | None = None,  # this layer's part of a KVCache
         return_attention: bool = False,  # also return the weights
     ) -> Tensor | tuple[Tensor, Tensor]:  # [B, T, E], and if asked for [B, H, T, Tk]
         "Attend from every element of `x` to itself and to all earlier ones."
@@ -348,9 +346,7 @@ class CausalSelfAttention(MultiheadAttention):
         if self.group > 1:
             k = k.repeat_interleave(self.group, 1)  # [B, H, Tk, d]
             v = v.repeat_interleave(self.group, 1)
-        masks = _causal(past, x.shape[1], x.device) | dict(
-            key_padding_mask=key_padding_mask
-        )
+        masks = _causal(past, x.shape[1], x.device) | dict(key_padding_mask=key_padding_mask)
         masks['dropout_p'] = self.dropout if self.training else 0.0
         values, attention = _attend(q, k, v, bias, masks, return_attention)
         out = self.o_proj(values.transpose(1, 2).flatten(2))  # [B, T, H * d = E]
@@ -381,9 +377,7 @@ class DecoderBlock(nn.Module):
         dropout = check_probability('dropout', dropout)
         p = check_probability('attention_dropout', attention_dropout)
         self.norm_first = check_bool('norm_first', norm_first)
-        self.self_attn = CausalSelfAttention(
-            D, D, num_heads, num_kv_heads=num_kv_heads, dropout=p
-        )
+        self.self_attn = CausalSelfAttention(D, D, num_heads, num_kv_heads=num_kv_heads, dropout=p)
         self.cross_attn = None
         if context_dim is not None:
             self.cross_attn = CrossAttention(D, context_dim, D, num_heads, dropout=p)
@@ -409,46 +403,33 @@ class DecoderBlock(nn.Module):
         key_padding_mask: Tensor | None = None,  # True = real: [B, Tk], cached too
         context_padding_mask: Tensor | None = None,  # True = a real element: [B, Tc]
         positions: Positions | None = None,  # where tokens stand
-        cache: _LayerCache | None = None,  # the keys and values of earlier tokens
+        cache: _LayerCache | None = None,  # this layer's part of a KVCache
         return_attention: bool = False,  # also return the weights
-    ) -> (
-        Tensor | tuple[Tensor, Tensor, Tensor | None]
-    ):  # [B, T, D], [B, H, T, Tk], [B, H, T, Tc]
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:  # [B, T, D], [B, H, T, Tk], [B, H, T, Tc]
         "Look back, look at the context, then compute on each token (section 3.1)."
         check_tensor('x', x, f'[B, T, {self.self_attn.input_dim}]')
         _check_context(self.cross_attn, context, context_padding_mask)
-
-        h = self.self_attn(
-            self._before(self.norm1, x),
-            key_padding_mask=key_padding_mask,
-            positions=positions,
-            cache=cache,
-            return_attention=return_attention,
-        )
+        options = dict(cache=cache, return_attention=return_attention)
+        h = self._before(self.norm1, x)
+        h = self.self_attn(h, key_padding_mask=key_padding_mask, positions=positions, **options)
         h, self_map = h if return_attention else (h, None)
         x = self._after(self.norm1, x + self.dropout(h))
         cross_map = None
         if self.cross_attn is not None:
-            h = self.cross_attn(
-                self._before(self.cross_norm, x),
-                context,
-                context_padding_mask=context_padding_mask,
-                cache=cache,
-                return_attention=return_attention,
-            )
+            h = self._before(self.cross_norm, x)
+            h = self.cross_attn(h, context, context_padding_mask=context_padding_mask, **options)
             h, cross_map = h if return_attention else (h, None)
             x = self._after(self.cross_norm, x + self.dropout(h))
         h = self.linear_net(self._before(self.norm2, x))
         x = self._after(self.norm2, x + self.dropout(h))
         return (x, self_map, cross_map) if return_attention else x
 
-
+# %% ../nbs/06_decoder.ipynb #check-context
+#| code-fold: true
 def _check_context(cross_attn, context, context_padding_mask):
     "Refuse a context that nobody reads, and a reader without one."
     if cross_attn is None and context is not None:
-        raise ValueError(
-            'context was given, but the block was built without context_dim'
-        )
+        raise ValueError('context was given, but the block was built without context_dim')
     if cross_attn is None and context_padding_mask is not None:
         raise ValueError('context_padding_mask was given, but there is no context')
     if cross_attn is not None and context is None:
@@ -466,7 +447,7 @@ class TransformerDecoder(nn.Module):
         num_layers: int,  # number N of blocks
         *,
         positions: Positions | None = None,  # where tokens stand; None: unsaid
-        **block_args,  # arguments of `DecoderBlock`
+        **block_args,  # arguments of a DecoderBlock
     ):
         super().__init__()
         num_layers = check_int('num_layers', num_layers)
@@ -475,9 +456,7 @@ class TransformerDecoder(nn.Module):
             raise TypeError(
                 f'positions must be a Positions or None, got {type(positions).__name__}'
             )
-        self.layers = nn.ModuleList(
-            DecoderBlock(**block_args) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(DecoderBlock(**block_args) for _ in range(num_layers))
         self.norm = nn.Identity()
         if block_args.get('norm_first', True):
             self.norm = nn.LayerNorm(block_args['input_dim'])
@@ -491,15 +470,11 @@ class TransformerDecoder(nn.Module):
         context_padding_mask: Tensor | None = None,  # True = a real element: [B, Tc]
         cache: KVCache | None = None,  # knows the earlier tokens, and takes these
         return_attention: bool = False,  # also return the weights of every layer
-    ) -> (
-        Tensor | tuple[Tensor, list, list]
-    ):  # [B, T, D], N times [B, H, T, Tk] and [B, H, T, Tc]
+    ) -> Tensor | tuple[Tensor, list, list]:  # [B, T, D], N times [B, H, T, Tk] and [B, H, T, Tc]
         "Apply all blocks to tokens that follow those in the cache."
         check_tensor('x', x, f'[B, T, {self.layers[0].self_attn.input_dim}]')
         if cache is not None and not isinstance(cache, KVCache):
-            raise TypeError(
-                f'cache must be a KVCache or None, got {type(cache).__name__}'
-            )
+            raise TypeError(f'cache must be a KVCache or None, got {type(cache).__name__}')
         known = KVCache() if cache is None else cache
         real = known._with(x, key_padding_mask)  # [B, Tk] or None
         layers = known._copies(len(self.layers))
@@ -673,9 +648,7 @@ def _(block: DecoderBlock):
 # %% ../nbs/06_decoder.ipynb #55d1ca9d
 @from_torch.register
 def _(layer: nn.TransformerDecoderLayer):
-    relu = layer.activation in (F.relu, torch.relu) or isinstance(
-        layer.activation, nn.ReLU
-    )
+    relu = layer.activation in (F.relu, torch.relu) or isinstance(layer.activation, nn.ReLU)
     same = layer.dropout1.p == layer.dropout2.p == layer.dropout3.p
     reasons = {
         'an activation other than relu': not relu,

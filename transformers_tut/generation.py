@@ -88,12 +88,7 @@ def _check_tokens(tokens, vocab_size: int | None = None):
         raise TypeError(f'tokens must be integers (int64), got {tokens.dtype}')
     if tokens.ndim != 2:
         raise ValueError(f'tokens must have the shape [B, T], got {list(tokens.shape)}')
-    if (
-        vocab_size is None
-        or tokens.is_meta
-        or torch.compiler.is_compiling()
-        or not tokens.numel()
-    ):
+    if vocab_size is None or tokens.is_meta or torch.compiler.is_compiling() or not tokens.numel():
         return
     low, high = tokens.aminmax()
     if low < 0 or high >= vocab_size:
@@ -157,9 +152,7 @@ class _Reader:
     def prompt(self, tokens: Tensor, real: Tensor) -> Tensor:
         "Read prompts [B, T], padded where `real` is False."
         mask = None if real.all() else real
-        logits = self.model(
-            tokens, key_padding_mask=mask, cache=self.cache, **self.inputs
-        )
+        logits = self.model(tokens, key_padding_mask=mask, cache=self.cache, **self.inputs)
         steps = torch.arange(real.shape[1], device=real.device)
         last = (steps * real).argmax(1)  # [B]: each row's last real token
         return _check_logits(logits[torch.arange(len(last), device=last.device), last])
@@ -190,9 +183,7 @@ def generate(
     key_padding_mask: Tensor | None = None,  # True = real: [B, T]
     generator: torch.Generator | None = None,  # where chance comes from
     **inputs,  # handed to the model in each step: tensors [B, ...], such as a context
-) -> (
-    Tensor
-):  # prompts and new tokens [B, T + max_new_tokens]; shorter if all have ended
+) -> Tensor:  # prompts and new tokens [B, T + max_new_tokens]; shorter if all have ended
     "Write on, token by token."
     _check_sampling(temperature, top_k, top_p)
     steps = check_int('max_new_tokens', max_new_tokens, minimum=0)
@@ -217,9 +208,7 @@ def _choose(logits: Tensor, temperature, top_k, top_p, generator) -> Tensor:
     "A token for each row of logits [B, V]."
     if temperature == 0:
         return logits.argmax(-1)
-    probs = token_probabilities(
-        logits.float(), temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    probs = token_probabilities(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 # %% ../nbs/08_generation.ipynb #0b368d22
@@ -259,7 +248,7 @@ def beam_search(
     length_penalty: float = 0.0,  # a, in log-probability / length ** a
     key_padding_mask: Tensor | None = None,  # True = real: [B, T]
     **inputs,  # handed to the model in each step: tensors [B, ...], such as a context
-) -> tuple[Tensor, Tensor]:  # texts, as by `generate`, and their log-probability [B]
+) -> tuple[Tensor, Tensor]:  # texts, as by generate, and their log-probability [B]
     "The likeliest text found if the K likeliest beginnings are kept at each step."
     K = check_int('num_beams', num_beams)
     steps = check_int('max_new_tokens', max_new_tokens, minimum=0)
@@ -269,11 +258,7 @@ def beam_search(
     beams = _Beams(tokens, eos_id, length_penalty)
     with evaluating(model):
         for step in range(steps):
-            logits = (
-                reader.read(texts[..., -1].flatten())
-                if step
-                else reader.prompt(tokens, real)
-            )
+            logits = reader.read(texts[..., -1].flatten()) if step else reader.prompt(tokens, real)
             parent, chosen = beams.grow(logits, K)  # [B, K] each
             first = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
             reader.select((first * texts.shape[1] + parent).flatten())
