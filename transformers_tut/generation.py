@@ -124,7 +124,7 @@ def token_probabilities(
         probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, order, probs)
 
-# %% ../nbs/08_generation.ipynb #0bbd7fe9
+# %% ../nbs/08_generation.ipynb #16f64861
 def _check_logits(logits: Tensor) -> Tensor:
     "Refuse logits of which no token can be the likeliest."
     if not logits.amax(-1).isfinite().all():
@@ -203,7 +203,7 @@ def generate(
                 break
     return torch.cat(written, 1)
 
-# %% ../nbs/08_generation.ipynb #eb6ad342
+# %% ../nbs/08_generation.ipynb #d4c171aa
 def _choose(logits: Tensor, temperature, top_k, top_p, generator) -> Tensor:
     "A token for each row of logits [B, V]."
     if temperature == 0:
@@ -267,7 +267,7 @@ def beam_search(
                 break
     return texts[:, 0], beams.total[:, 0]
 
-# %% ../nbs/08_generation.ipynb #abd1e857
+# %% ../nbs/08_generation.ipynb #2bc109b9
 class _Beams:
     "How likely each beam is, how long, and whether it has ended: [B, K] each."
 
