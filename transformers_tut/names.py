@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYMBOLS', 'RECIPES', 'unicode_names', 'NameDataset', 'NamesSettings', 'names_data', 'NamePredictor', 'name_nats',
-           'run_names', 'train_names', 'invent', 'names_figure', 'main']
+           'train_names', 'invent', 'main']
 
 # %% ../nbs/15_names.ipynb #names-imports
 import time
@@ -228,7 +228,7 @@ def name_nats(
     return nats
 
 # %% ../nbs/15_names.ipynb #names-run
-def run_names(
+def _run_names(
     s: NamesSettings,  # what to learn, and how
     machine: Machine | None = None,  # where
     out_dir: Path | None = None,  # where the files go
@@ -263,7 +263,7 @@ def train_names(
 ) -> tuple[NamePredictor, dict]:  # the best model; accuracy and nats, validation and test
     "Train a model of names, or find the one trained before with these settings."
     settings, machine = choose(NamesSettings, RECIPES, recipe, kwargs)
-    model, run = run_names(settings, machine, out_dir, fresh)
+    model, run = _run_names(settings, machine, out_dir, fresh)
     return model, run.metrics
 
 # %% ../nbs/15_names.ipynb #names-invent
@@ -298,7 +298,7 @@ def _as_name(row: list[int]) -> str:
     return ''.join(SYMBOLS[i] for i in row[1:]).partition('\n')[0]
 
 # %% ../nbs/15_names.ipynb #names-figure
-def names_figure(
+def _names_figure(
     model: NamePredictor,  # a trained one
     names: list[str],  # a few
 ):  # a matplotlib Figure
@@ -332,13 +332,13 @@ def main(
 ):
     "Train a model of Unicode names, test it, invent some; a second call finds it or goes on."
     s = options.settings
-    model, run = run_names(s, options.machine, options.out_dir, options.fresh)
+    model, run = _run_names(s, options.machine, options.out_dir, options.fresh)
     if rank_zero_only.rank:
         return
     picture = run.folder / 'names.png'
     test = names_data(s).sets['test'].names
     middle = len(test) // 2
-    save_figure(names_figure(model.cpu(), test[middle : middle + 8]), picture)
+    save_figure(_names_figure(model.cpu(), test[middle : middle + 8]), picture)
     done = f'found a model trained for {run.steps} steps'
     if run.trained:
         done = f'trained {run.steps} steps in {run.seconds:.1f} s'
