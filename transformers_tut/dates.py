@@ -306,7 +306,7 @@ class DateReader(Classifier):
             [f'layer {i}, head {j}' for j in range(1, len(heads) + 1)]
             for i, heads in enumerate(maps, 1)
         ]
-        return map_grid(maps, titles, keys=keys, queries=queries)
+        return map_grid(maps, titles, keys=keys, queries=queries, cell=0.16)
 
     @torch.no_grad()
     def looks(
