@@ -23,16 +23,12 @@ class Everywhere(Positions):
     "Acts in all three places, differently at each position."
 
     def embed(self, x, index):
-        return x + torch.sin(index.unsqueeze(-1) + torch.arange(x.shape[-1])).to(
-            x.dtype
-        )
+        return x + torch.sin(index.unsqueeze(-1) + torch.arange(x.shape[-1])).to(x.dtype)
 
     def rotate(self, x, index):
         angle = index[:, None, :, None].to(x.dtype)
         a, b = x.chunk(2, -1)
-        return torch.cat(
-            [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1
-        )
+        return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
     def bias(self, query_index, key_index):
         distance = (query_index[:, None, :, None] - key_index[:, None, None, :]).abs()
@@ -86,8 +82,7 @@ def test_one_property(positions, kv, D_c, norm_first):
         near(in_chunks(decoder, x, context, sizes), full)
     for i in range(3):
         near(
-            decoder(x[i : i + 1], None if context is None else context[i : i + 1]),
-            full[i : i + 1],
+            decoder(x[i : i + 1], None if context is None else context[i : i + 1]), full[i : i + 1]
         )
     near(decoder(x, context, return_attention=True)[0], full)
     for t in range(1, 9):  # the future changes nothing
@@ -100,11 +95,7 @@ def test_padding(positions, kv, D_c, norm_first):
     decoder = made(positions, num_kv_heads=kv, context_dim=D_c, norm_first=norm_first)
     x, context = inputs(D_c=D_c)
     full = decoder(x, context)
-    for before, between, after in [
-        ([0, 3, 1], 0, 2),
-        ([2, 2, 2], 0, 0),
-        ([0, 1, 0], 2, 1),
-    ]:
+    for before, between, after in [([0, 3, 1], 0, 2), ([2, 2, 2], 0, 0), ([0, 1, 0], 2, 1)]:
         T = 9 + max(before) + between + after
         tokens, real = torch.full((3, T, 16), 7.0), torch.zeros(3, T, dtype=torch.bool)
         for i, n in enumerate(before):
@@ -216,10 +207,7 @@ def test_the_context_is_projected_once():
     in_chunks(decoder, x, context, [1] * 9)
     assert len(calls) == 2
     decoder(x[:, :4], context, cache=cache)
-    near(
-        decoder(x[:, 4:5], other, cache=copy.copy(cache)),
-        changed(decoder, x, context, other),
-    )
+    near(decoder(x[:, 4:5], other, cache=copy.copy(cache)), changed(decoder, x, context, other))
     expected = changed(decoder, x, context, other)
     context.add_(1)
     near(decoder(x[:, 4:5], context, cache=cache), expected)
@@ -273,11 +261,7 @@ def test_torch(norm_first, dtype):
     real, known = torch.arange(9) < torch.tensor([[9], [6], [1]]), torch.arange(5) < 4
     known = known.expand(3, 5)
     expected = theirs(
-        x,
-        context,
-        tgt_mask=causal,
-        tgt_key_padding_mask=~real,
-        memory_key_padding_mask=~known,
+        x, context, tgt_mask=causal, tgt_key_padding_mask=~real, memory_key_padding_mask=~known
     )
     out = ours(x, context, key_padding_mask=real, context_padding_mask=known)
     assert_close(out[real], expected[real], atol=1e-5, rtol=1e-5)
@@ -293,11 +277,7 @@ def test_torch_keeps_dropout_mode_and_frozen_weights():
     ours.cross_attn.q_proj.weight.requires_grad_(False)
     ours.self_attn.eval()
     back = from_torch(to_torch(ours))
-    assert (back.dropout.p, back.self_attn.dropout, back.cross_attn.dropout) == (
-        0.2,
-        0.3,
-        0.3,
-    )
+    assert (back.dropout.p, back.self_attn.dropout, back.cross_attn.dropout) == (0.2, 0.3, 0.3)
     assert not back.cross_attn.q_proj.weight.requires_grad and back.training
     assert not back.self_attn.training
 
@@ -331,9 +311,7 @@ def other_mha(**args):
         (lambda: other_mha(add_zero_attn=True), 'add_zero_attn=True'),
         (lambda: other_mha(kdim=8, vdim=8), 'kdim or vdim'),
         (
-            lambda: type('Mine', (nn.TransformerDecoderLayer,), {})(
-                16, 4, batch_first=True
-            ),
+            lambda: type('Mine', (nn.TransformerDecoderLayer,), {})(16, 4, batch_first=True),
             'is a Mine',
         ),
     ],
@@ -360,14 +338,8 @@ def without_bias():
     ('make', 'message'),
     [
         (lambda: DecoderBlock(16, 4, 24), r'context_dim=None \(no cross-attention\)'),
-        (
-            lambda: DecoderBlock(16, 4, 24, context_dim=16, num_kv_heads=2),
-            'num_kv_heads=2',
-        ),
-        (
-            lambda: DecoderBlock(16, 4, 24, context_dim=7),
-            'that differ, got 16, 7 and 16',
-        ),
+        (lambda: DecoderBlock(16, 4, 24, context_dim=16, num_kv_heads=2), 'num_kv_heads=2'),
+        (lambda: DecoderBlock(16, 4, 24, context_dim=7), 'that differ, got 16, 7 and 16'),
         (lambda: CausalSelfAttention(16, 16, 4, num_kv_heads=1), 'num_kv_heads=1'),
         (lambda: CausalSelfAttention(8, 16, 4), 'needs input_dim == embed_dim'),
         (lambda: CrossAttention(16, 7, 16, 4), 'that differ, got 16, 7 and 16'),
@@ -382,16 +354,8 @@ def test_to_torch_refuses(make, message):
 @pytest.mark.parametrize(
     ('make', 'error', 'message'),
     [
-        (
-            lambda: CrossAttention(0, 8, 8, 2),
-            ValueError,
-            'input_dim must be at least 1',
-        ),
-        (
-            lambda: CrossAttention(8, 8.0, 8, 2),
-            TypeError,
-            'context_dim must be an integer',
-        ),
+        (lambda: CrossAttention(0, 8, 8, 2), ValueError, 'input_dim must be at least 1'),
+        (lambda: CrossAttention(8, 8.0, 8, 2), TypeError, 'context_dim must be an integer'),
         (lambda: CrossAttention(8, 8, 9, 2), ValueError, 'a multiple of num_heads'),
         (lambda: CrossAttention(8, 8, 8, 2, dropout=1), ValueError, r'in \[0, 1\)'),
         (
@@ -419,11 +383,7 @@ def test_to_torch_refuses(make, message):
             TypeError,
             'norm_first must be True or',
         ),
-        (
-            lambda: TransformerDecoder(0, **ARGS),
-            ValueError,
-            'num_layers must be at least 1',
-        ),
+        (lambda: TransformerDecoder(0, **ARGS), ValueError, 'num_layers must be at least 1'),
         (
             lambda: TransformerDecoder(1, **ARGS, positions='rotary'),
             TypeError,
@@ -443,60 +403,18 @@ ONES = torch.ones(2, 3, dtype=torch.bool)
 @pytest.mark.parametrize(
     ('D_c', 'args', 'options', 'error', 'message'),
     [
-        (
-            None,
-            (X[0],),
-            {},
-            ValueError,
-            r'x must have the shape \[B, T, 16\], got \[3, 16\]',
-        ),
+        (None, (X[0],), {}, ValueError, r'x must have the shape \[B, T, 16\], got \[3, 16\]'),
         (None, (X.long(),), {}, TypeError, 'x must be a floating tensor'),
         (None, (X, C), {}, ValueError, 'built without context_dim'),
-        (
-            None,
-            (X,),
-            dict(context_padding_mask=ONES),
-            ValueError,
-            'there is no context',
-        ),
+        (None, (X,), dict(context_padding_mask=ONES), ValueError, 'there is no context'),
         (7, (X,), {}, ValueError, r'context \[B, Tc, 7\] is missing'),
-        (
-            7,
-            (X, C[..., :6]),
-            {},
-            ValueError,
-            r'context must have the shape \[2, Tk, 7\]',
-        ),
+        (7, (X, C[..., :6]), {}, ValueError, r'context must have the shape \[2, Tk, 7\]'),
         (7, (X, C[:1]), {}, ValueError, r'context must have the shape \[2, Tk, 7\]'),
         (7, (X, C), dict(context_padding_mask=ONES), ValueError, r'\[B, Tk\]'),
-        (
-            None,
-            (X,),
-            dict(key_padding_mask=ONES.float()),
-            TypeError,
-            'boolean or 0/1 integers',
-        ),
-        (
-            None,
-            (X,),
-            dict(key_padding_mask=ONES[:, :2]),
-            ValueError,
-            r'\[B, T\] = \[2, 3\]',
-        ),
-        (
-            None,
-            (X,),
-            dict(key_padding_mask=[[True]]),
-            TypeError,
-            'must be a tensor, got list',
-        ),
-        (
-            None,
-            (X,),
-            dict(cache=[]),
-            TypeError,
-            'cache must be a KVCache or None, got list',
-        ),
+        (None, (X,), dict(key_padding_mask=ONES.float()), TypeError, 'boolean or 0/1 integers'),
+        (None, (X,), dict(key_padding_mask=ONES[:, :2]), ValueError, r'\[B, T\] = \[2, 3\]'),
+        (None, (X,), dict(key_padding_mask=[[True]]), TypeError, 'must be a tensor, got list'),
+        (None, (X,), dict(cache=[]), TypeError, 'cache must be a KVCache or None, got list'),
     ],
 )
 def test_forward_refused(D_c, args, options, error, message):
@@ -509,11 +427,7 @@ def test_foreign_caches_refused():
     made()(X, cache=cache)
     cases = [
         (made(), X[:1], 'cache holds 2 sequences, x has 1'),
-        (
-            made(num_kv_heads=2),
-            X,
-            'cache holds 4 heads of 4 numbers, this model has 2 of 4',
-        ),
+        (made(num_kv_heads=2), X, 'cache holds 4 heads of 4 numbers, this model has 2 of 4'),
         (made(dtype=torch.float64), X.double(), 'cache holds torch.float32 on cpu'),
         (TransformerDecoder(3, **ARGS), X, 'cache holds 2 layers, this model has 3'),
     ]
@@ -526,13 +440,9 @@ def test_foreign_caches_refused():
 def test_cross_attention_alone():
     for Tq, Tk in [(1, 1), (3, 7), (7, 3), (0, 2)]:
         cross = CrossAttention(5, 7, 12, 3)
-        out, weights = cross(
-            torch.randn(2, Tq, 5), torch.randn(2, Tk, 7), return_attention=True
-        )
+        out, weights = cross(torch.randn(2, Tq, 5), torch.randn(2, Tk, 7), return_attention=True)
         assert out.shape == (2, Tq, 12) and weights.shape == (2, 3, Tq, Tk)
     hidden = cross(
-        torch.randn(2, 3, 5),
-        torch.randn(2, 4, 7),
-        context_padding_mask=torch.zeros(2, 4).bool(),
+        torch.randn(2, 3, 5), torch.randn(2, 4, 7), context_padding_mask=torch.zeros(2, 4).bool()
     )
     assert_close(hidden, cross.o_proj.bias.expand(2, 3, 12))  # nothing to look at

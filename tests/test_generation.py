@@ -52,9 +52,7 @@ def test_one_property(kind, kv):
     assert full.shape == (3, 12, V)
     for sizes in [[1] * 12, [9, 3], [3, 9], [11, 1]]:
         cache = KVCache()
-        out = torch.cat(
-            [model(piece, cache=cache) for piece in tokens.split(sizes, 1)], 1
-        )
+        out = torch.cat([model(piece, cache=cache) for piece in tokens.split(sizes, 1)], 1)
         assert_close(out, full, atol=1e-5, rtol=0)
     for i in range(3):
         assert_close(model(tokens[i : i + 1]), full[i : i + 1], atol=1e-5, rtol=0)
@@ -91,8 +89,7 @@ def test_greedy_is_greedy():
     assert torch.equal(out, generate(model, tokens, 8, temperature=1e-30))
     assert torch.equal(out, beam_search(model, tokens, 8, num_beams=1)[0])
     assert torch.equal(
-        out,
-        generate(model, generate(model, tokens, 3, temperature=0), 5, temperature=0),
+        out, generate(model, generate(model, tokens, 3, temperature=0), 5, temperature=0)
     )
     assert torch.equal(tokens, generate(model, tokens, 0))
 
@@ -100,9 +97,7 @@ def test_greedy_is_greedy():
 def test_generating_twice():
     model, tokens = made(), prompts()
     g = torch.Generator()
-    first, second = (
-        generate(model, tokens, 20, generator=g.manual_seed(3)) for _ in range(2)
-    )
+    first, second = (generate(model, tokens, 20, generator=g.manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, generate(model, tokens, 20, generator=g))
     state = torch.get_rng_state()
@@ -128,9 +123,9 @@ def test_ends():
     ]
     assert torch.equal(out, beam_search(Cycle(), tokens, 20, num_beams=1, eos_id=8)[0])
     assert generate(Cycle(), tokens, 3, temperature=0, eos_id=8).shape == (3, 4)
-    assert generate(
-        Cycle(), torch.tensor([[8]]), 2, temperature=0, eos_id=8
-    ).tolist() == [[8, 9, 10]]
+    assert generate(Cycle(), torch.tensor([[8]]), 2, temperature=0, eos_id=8).tolist() == [
+        [8, 9, 10]
+    ]
     assert generate(Cycle(), torch.zeros(0, 3, dtype=torch.long), 5).shape[0] == 0
 
 
@@ -149,9 +144,7 @@ def test_draws_follow_the_probabilities():
         dict(temperature=2.0),
         dict(temperature=0.5, top_k=3, top_p=0.8),
     ]:
-        drawn = generate(
-            Fixed(), torch.zeros(20_000, 1, dtype=torch.long), 1, generator=g, **knobs
-        )
+        drawn = generate(Fixed(), torch.zeros(20_000, 1, dtype=torch.long), 1, generator=g, **knobs)
         share = drawn[:, 1].bincount(minlength=4) / 20_000
         expected = token_probabilities(p.log(), **knobs)
         assert (share - expected).abs().max() < 0.015  # four standard errors
@@ -195,9 +188,7 @@ def test_beams_find_the_best_of_all():
 
 def test_beams_and_length():
     "A text that ends early is likelier; with a penalty the longer one wins."
-    rows = torch.tensor(
-        [[0, 0.45, 0.55, 0], [0, 0.55, 0, 0.45], [0, 0, 0, 1.0], [0, 0, 0, 1.0]]
-    )
+    rows = torch.tensor([[0, 0.45, 0.55, 0], [0, 0.55, 0, 0.45], [0, 0, 0, 1.0], [0, 0, 0, 1.0]])
 
     class Table(nn.Module):
         def forward(self, tokens, key_padding_mask=None, cache=None):
@@ -207,9 +198,7 @@ def test_beams_and_length():
     text, total = beam_search(Table(), start, 4, num_beams=4, eos_id=3)
     assert text[0, :3].tolist() == [0, 2, 3]
     assert_close(total.exp(), torch.tensor([0.55]))
-    long, total = beam_search(
-        Table(), start, 4, num_beams=4, eos_id=3, length_penalty=3.0
-    )
+    long, total = beam_search(Table(), start, 4, num_beams=4, eos_id=3, length_penalty=3.0)
     assert long[0].tolist() == [0, 1, 1, 1, 1]
     assert_close(total.exp(), torch.tensor([0.45 * 0.55**3]))
 
@@ -241,9 +230,7 @@ def test_inputs_go_along():
     for i, n in enumerate([4, 2, 1]):
         row = slice(i, i + 1)
         alone = dict(context=context[row, :n])
-        assert torch.equal(
-            greedy[row], generate(model, tokens[row], 7, temperature=0, **alone)
-        )
+        assert torch.equal(greedy[row], generate(model, tokens[row], 7, temperature=0, **alone))
         one, log_p = beam_search(model, tokens[row], 7, num_beams=5, **alone)
         assert torch.equal(one, beams[row])
         assert_close(log_p, total[row])
@@ -253,10 +240,7 @@ def test_longest_text():
     "All rows of a table of positions can be used, and padding takes none."
     model = made(Learned(16, max_len=6))
     assert (model.max_len, made().max_len) == (6, None)
-    assert generate(model, prompts(T=4), 3).shape == (
-        3,
-        7,
-    )  # the last token is not read
+    assert generate(model, prompts(T=4), 3).shape == (3, 7)  # the last token is not read
     with pytest.raises(ValueError, match='the model reads at most 6'):
         generate(model, prompts(T=4), 4)
     real = torch.arange(8) >= 4
@@ -296,12 +280,7 @@ NONE = torch.zeros(2, 3, dtype=torch.bool)
         ((IDS, 5), dict(eos_id=V), ValueError, 'eos_id must be below 11, got 11'),
         ((IDS, 5), dict(eos_id='$'), TypeError, 'eos_id must be an integer'),
         ((IDS, 5), dict(key_padding_mask=NONE), ValueError, 'without a real token'),
-        (
-            (IDS, 5),
-            dict(key_padding_mask=NONE[:, :2]),
-            ValueError,
-            r'\[B, T\] = \[2, 3\]',
-        ),
+        ((IDS, 5), dict(key_padding_mask=NONE[:, :2]), ValueError, r'\[B, T\] = \[2, 3\]'),
         ((IDS, 5), dict(key_padding_mask=NONE.float()), TypeError, 'boolean or 0/1'),
     ],
 )
