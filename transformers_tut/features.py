@@ -622,6 +622,7 @@ def _compute(
     trainer: pl.Trainer,  # where to run
     extraction: _Extraction,  # what to run
     machine: Machine,  # for the number of threads
+    path: Path,  # where the features will be
 ) -> Tensor:  # [N, D]
     "Compute the missing parts, and put all together."
     model, parts = extraction.model, extraction.folder
@@ -635,6 +636,8 @@ def _compute(
     found = extraction.load()
     trainer.strategy.barrier()
     if any(part is None for part in found):
+        if path.exists():  # another run, with the same images and model, was faster
+            return _load_features(path, extraction.key, len(extraction.dataset))
         raise ValueError(f'{parts} lost some parts while they were computed; start again to go on')
     return torch.cat(found)
 
@@ -674,7 +677,7 @@ def extract_features(
         return _check_rows(found, dataset, model, path)
 
     work = (model, dataset, parts, key, batch_size, dtype, machine.progress)
-    features = _compute(trainer, _Extraction(*work), machine)
+    features = _compute(trainer, _Extraction(*work), machine, path)
     _check_rows(features, dataset, model, path)
     if trainer.is_global_zero:
         _save_features(path, features, key)
