@@ -246,7 +246,8 @@ def as_labels(
     if getattr(data, 'ndim', 1) > 1:
         data = _pick(data, idx, name, 'labels')
     values = data.tolist() if hasattr(data, 'tolist') else data
-    labels = [str(value) for value in (values if isinstance(values, Sequence) else [values])]
+    values = values if isinstance(values, Sequence) else [values]
+    labels = [str(value.item() if hasattr(value, 'item') else value) for value in values]
     if len(labels) != length:
         raise ValueError(
             f'{name} must have {length} labels, one for each token of the map, got {len(labels)}'
