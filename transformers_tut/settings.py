@@ -33,7 +33,10 @@ def _plain(
     if kind is bool:
         return check_bool(name, value)
     if kind is int:
-        return check_int(name, value, -sys.maxsize)
+        value = check_int(name, value, -sys.maxsize)
+        if value > sys.maxsize:
+            raise ValueError(f'{name} must be at most {sys.maxsize}, got {value}')
+        return value
     if kind is float:
         return check_number(name, value)
     if not isinstance(value, str):
@@ -86,6 +89,7 @@ class Machine(Settings):
     progress: bool = True  # show a progress bar
 
     smallest = dict(threads=0)
+    largest = dict(threads=1024)
 
     def __post_init__(self):
         devices = self.devices
@@ -259,6 +263,9 @@ def _guarded(
     run,  # does its work, and may return an exit status
 ) -> int:  # the exit status
     "Run a command, with a sentence on stderr in place of a traceback."
+    # Python has no stream where the one it was given is closed
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
     # what a terminal cannot show, say of a path, is spelt out instead of ending the command
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
