@@ -10,7 +10,6 @@ __all__ = ['quiet', 'Mean', 'SafeCheckpointIO', 'SafeModule', 'TaskData', 'inter
 import json
 import logging
 import math
-import pickle
 import signal
 import sys
 import threading
@@ -86,9 +85,21 @@ class Mean(Metric):
     "A mean over all batches and processes."
 
     def __init__(self):
-        super().__init__()
-        self.add_state('total', torch.tensor(0), dist_reduce_fx='sum')
-        self.add_state('count', torch.tensor(0), dist_reduce_fx='sum')
+        with torch.device('cpu'):  # until it is moved, also in a model that is built on `meta`
+            super().__init__()
+            self.add_state('total', torch.tensor(0), dist_reduce_fx='sum')
+            self.add_state('count', torch.tensor(0), dist_reduce_fx='sum')
+
+    def _apply(self, fn, recurse=True):
+        "Move the numbers; they stay what they are, also by `to_empty` and `half`."
+        before = {'total': self.total, 'count': self.count}
+        super()._apply(fn)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            device = value.device if moved.is_meta else moved.device
+            setattr(self, name, value.to(device))
+            self._defaults[name] = torch.tensor(0, device=device)
+        return self
 
     def update(
         self,
@@ -178,7 +189,8 @@ class TaskData(pl.LightningDataModule):
         train_sample: Dataset | None = None,  # fixed, for accuracy after training
     ):
         super().__init__()
-        self.batch_size, self.seed = check_int('batch_size', batch_size), seed
+        self.batch_size = check_int('batch_size', batch_size)
+        self.seed = check_int('seed', seed, 0)
         if batch_size > len(train):
             raise ValueError(
                 'batch_size must be at most the number of training samples, '
@@ -294,6 +306,7 @@ def interruptible(
     kept: str = 'last.ckpt',  # what is there if there is something to go on from
 ):
     "Let Ctrl-C and SIGTERM end what is inside with a KeyboardInterrupt that says how to go on."
+    folder = whole_path(folder)
     main = threading.current_thread() is threading.main_thread()
     watched = (signal.SIGINT, signal.SIGTERM) if main else ()
     handlers = {number: signal.getsignal(number) for number in watched}
@@ -323,13 +336,12 @@ def _readable(
     folder: Path,  # a run's folder
 ):
     "Turn the many errors of reading a damaged file into one that says what to do."
-    damage = (
-        *(pickle.UnpicklingError, EOFError, RuntimeError, json.JSONDecodeError),
-        *(KeyError, TypeError, FileNotFoundError),
-    )
+    # PyTorch, pickle and json raise many for damage, OSError for a cut file among them
     try:
         yield
-    except damage as e:
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as e:
         raise ValueError(
             f'{folder} holds a damaged run, or that of another model ({type(e).__name__}); '
             'start with fresh=True or --fresh, which trains anew and keeps it under another name'
@@ -366,7 +378,8 @@ class _Lines(pl.Callback):
 
 def _has_a_screen() -> bool:
     "Whether a progress bar is of use: on a terminal, and in a notebook."
-    return sys.stdout.isatty() or 'ipykernel' in sys.modules
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return terminal or 'ipykernel' in sys.modules
 
 # %% ../nbs/93_training.ipynb #8d0bdb60
 class _StopAt(EarlyStopping):
@@ -416,6 +429,7 @@ def make_trainer(
     **kwargs,  # further arguments of `pl.Trainer`
 ) -> pl.Trainer:  # keeps the best validation by `val_acc`, and the last epoch
     "A Lightning trainer that leaves `best.ckpt` and `last.ckpt`."
+    folder = whole_path(folder)
     best = ModelCheckpoint(
         folder,
         filename='best',
@@ -510,8 +524,13 @@ def _found(
         return None, None
     with _readable(folder):
         for path in [best] if finished else [best, last]:
-            model.load_state_dict(torch.load(path, 'cpu', weights_only=True)['state_dict'])
-        return (json.loads(report.read_text())['steps'], None) if finished else (None, last)
+            content = torch.load(path, 'cpu', weights_only=True)
+            model.load_state_dict(content['state_dict'])
+        if finished:
+            return check_int('steps', json.loads(report.read_text())['steps'], 0), None
+        if 'optimizer_states' not in content:
+            raise ValueError('last.ckpt must hold what the optimizer knew')
+        return None, last
 
 # %% ../nbs/93_training.ipynb #423682d6
 @rank_zero_only
