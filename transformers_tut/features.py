@@ -783,7 +783,8 @@ def train_picture_cnn(
     **settings,  # fields of PictureCNNSettings
 ) -> dict:  # val_acc and test_acc, on pictures it has not seen
     "Train the extractor on the characters that no task uses, and keep half-precision weights."
-    s, machine, path = (PictureCNNSettings(**settings), machine or Machine(), whole_path(path))
+    s, path = PictureCNNSettings(**settings), whole_path(path)
+    machine = machine or Machine()
 
     def pictures(train, seed, per_class):
         what = dict(characters=OTHER_CHARACTERS, per_class=per_class, seed=seed)
@@ -885,7 +886,7 @@ def imagenet_resnet34(
     folder=None,  # where the download is kept; by default the folder that torchvision uses
     progress: bool = True,  # show a progress bar
 ) -> nn.Sequential:  # maps uint8 [B, 3, h, w] to features [B, 512]; frozen
-    "The network whose features the published results used, with its preprocessing."
+    "The network whose features the course uses, with its preprocessing."
     from torchvision.models import ResNet34_Weights, resnet34
 
     if state_dict is None:
