@@ -110,7 +110,8 @@ class Machine(Settings):
                 'strategy must start each process as a program of its own, as auto and ddp do, '
                 f'got {self.strategy!r}'
             )
-        devices, kind, there = self._devices(), *_devices_here(self.accelerator)
+        devices = self._devices()
+        kind, there = _devices_here(self.accelerator)
         if kind == 'CPU cores' and isinstance(devices, list):
             # cores have no numbers: a list of two is two processes
             devices = len(devices)
@@ -264,8 +265,8 @@ def _guarded(
 ) -> int:  # the exit status
     "Run a command, with a sentence on stderr in place of a traceback."
     # Python has no stream where the one it was given is closed
-    sys.stdout = sys.stdout or open(os.devnull, 'w')
-    sys.stderr = sys.stderr or open(os.devnull, 'w')
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
     # what a terminal cannot show, say of a path, is spelt out instead of ending the command
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
