@@ -94,6 +94,7 @@ class Mean(Metric):
         "Move the numbers; they stay what they are, also by `to_empty` and `half`."
         before = {'total': self.total, 'count': self.count}
         super()._apply(fn)
+        self._computed = None  # a mean kept by `compute` is no longer right
         for name, value in before.items():
             moved = getattr(self, name)
             device = value.device if moved.is_meta else moved.device
