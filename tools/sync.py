@@ -51,7 +51,7 @@ def with_colab_cells(nb, name, cfg):
     "The notebook with its badge and install cell behind the title, found by what they hold"
     badge = {'cell_type': 'markdown', 'id': 'colab-badge', 'metadata': {}}
     badge |= {'source': [colab_badge(cfg, name)]}
-    clone = f'{COLAB_GUARD} && git clone -q --depth 1 {cfg["git_url"]} repo\n'
+    clone = f'{COLAB_GUARD} && git clone --depth 1 {cfg["git_url"]} repo\n'
     setup = f'{COLAB_GUARD} && pip install -qU fastcore ./repo && ln -sfn repo/nbs/results results'
     lines = ['#| hide\n', '#| eval: false\n', clone, setup]
     install = {'cell_type': 'code', 'id': 'colab-install', 'metadata': {}, 'source': lines}

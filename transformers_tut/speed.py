@@ -35,7 +35,7 @@ from .anomaly import AnomalySettings, SetAnomalyDataset, anomaly_model
 from .attention import MultiheadAttention, to_torch
 from .benchmark import as_table, compare, in_turns, peak_memory
 from .checks import check_bool, check_int
-from .encoder import EncoderBlock, TransformerEncoder
+from .encoder import EncoderBlock
 from .fast import CrossEntropyLoss, Dropout, faster, fold_batchnorm
 from .features import Preprocess
 from .figures import COLOURS
