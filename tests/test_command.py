@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_tut.settings import run_name
+from transformers_tut.settings import Machine, run_name
 
 on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs /dev/full and /proc')
 
@@ -128,6 +128,14 @@ def test_with_stderr_on_a_full_disk_its_status_is_left(toy):
 
 
 @on_linux
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '>&- 2>&-', '--help >&-'])
+def test_closed_streams_end_nothing(toy, closed):
+    "As some schedulers start a program; Python has no `sys.stdout` then."
+    ended = run('sh', '-c', f'"$@" {closed}', 'sh', *toy, 'print')
+    assert (ended.returncode, ended.stderr) == (0, '')
+
+
+@on_linux
 @pytest.mark.parametrize('action', ['json', 'torch'])
 def test_a_file_that_cannot_be_written_is_one_sentence(toy, tmp_path, action):
     ended = run(*toy, action, '--out-dir', tmp_path)
@@ -193,6 +201,16 @@ def test_a_task_names_what_is_wrong(tmp_path, capsys, words, status, message):
     out, err = capsys.readouterr()
     assert out == '' and message in unboxed(err) and 'Traceback' not in err
     assert not list(tmp_path.rglob('*.ckpt'))
+
+
+def test_numbers_too_large_for_the_machine_are_named():
+    from transformers_tut.reverse import ReverseSettings
+
+    for settings, name in [(Machine, 'threads'), (ReverseSettings, 'model_dim')]:
+        with pytest.raises(ValueError, match=f'{name} must be at most'):
+            settings(**{name: 10**21})
+    with pytest.raises(ValueError, match='threads must be at most'):
+        Machine(threads=100_000)  # that many end the process
 
 
 def test_runs_trained_earlier_are_found_again():

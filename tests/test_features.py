@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,22 @@ def test_two_processes_stop_and_go_on_together(whole, tmp_path):
 
 
 # ---- keys of models ----
+
+
+def test_a_run_whose_parts_a_faster_one_took_away_takes_its_features(tmp_path, monkeypatch):
+    expected = extract(tmp_path, file='faster.pt')
+    real = features._features_of
+
+    def while_another_ends(*args):
+        (tmp_path / 'faster.pt').rename(tmp_path / 'f.pt')
+        shutil.rmtree(tmp_path / 'f.pt.parts', ignore_errors=True)
+        monkeypatch.setattr(features, '_features_of', real)
+        return real(*args)
+
+    monkeypatch.setattr(features, '_features_of', while_another_ends)
+    taken_away = features._Extraction.load
+    monkeypatch.setattr(features._Extraction, 'load', lambda self: [None] + taken_away(self)[1:])
+    assert torch.equal(extract(tmp_path), expected)
 
 
 class Times(nn.Module):

@@ -95,6 +95,12 @@ def test_kinds_of_labels_and_maps(labels, maps):
     assert fig.axes[0].images[0].get_cmap().name == 'magma'
 
 
+def test_a_list_of_single_numbers_is_as_good_as_a_tensor():
+    ids = torch.tensor([3, 5])
+    assert as_labels(list(ids), 0, 2, 'x') == as_labels(ids, 0, 2, 'x') == ['3', '5']
+    assert as_labels(list(np.array(['a', '$'])), 0, 2, 'x') == ['a', '$']
+
+
 def test_idx_picks_the_map_and_its_labels():
     two = torch.cat([WIDE, WIDE.flip(-1)])
     fig = plot_attention_maps(torch.tensor([[0] * T, [9] * T]), two, idx=1)

@@ -95,6 +95,15 @@ def test_strict_loading_after_to_empty():
     assert torch.equal(encode.pe, PositionalEncoding(48).pe)
 
 
+def test_loading_by_assignment():
+    "Weights take the place of those without numbers, and nothing else moves."
+    model, x = TransformerPredictor(**ARGUMENTS).eval(), torch.randn(2, 7, 5)
+    with torch.device('meta'):
+        other = TransformerPredictor(**ARGUMENTS).eval()
+        other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(x), model(x))
+
+
 def test_loading_keeps_the_number_type():
     encode = PositionalEncoding(8).double()
     encode.load_state_dict({})

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from transformers_tut.checks import evaluating
 from transformers_tut.settings import Machine, Settings, Terminated
-from transformers_tut.training import Mean, TaskData, quiet, train_task
+from transformers_tut.training import Mean, TaskData, interruptible, make_trainer, quiet, train_task
 
 CPU = Machine('cpu', progress=False)
 
@@ -378,9 +379,14 @@ def test_damage_is_reported_and_nothing_is_overwritten(tmp_path):
         ('result.json', b'{'),
         ('result.json', b'{}'),
         ('result.json', b'[]'),
+        ('result.json', b'\xff\xfe'),
+        ('result.json', b'{"steps": null}'),
+        ('best.ckpt', b'\x80\x02.'),
+        ('best.ckpt', None),  # cut
     ]
     for name, content in damages:
         right = (run.folder / name).read_bytes()
+        content = right[:-10] if content is None else content
         (run.folder / name).write_bytes(content)
         with pytest.raises(ValueError, match='holds a damaged run'):
             train_toy(tmp_path, epochs=1)
@@ -392,6 +398,45 @@ def test_damage_is_reported_and_nothing_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match='holds a damaged run'):
         train_toy(tmp_path, epochs=1)
     assert train_toy(tmp_path, epochs=1, options={'fresh': True})[1].trained
+
+
+def test_weights_alone_are_nothing_to_go_on_from(tmp_path):
+    _, run = train_toy(tmp_path, epochs=1)
+    (run.folder / 'result.json').unlink()
+    shutil.copy(run.folder / 'best.ckpt', run.folder / 'last.ckpt')
+    with pytest.raises(ValueError, match='holds a damaged run'):
+        train_toy(tmp_path, epochs=1)
+
+
+def test_means_survive_a_model_built_without_numbers():
+    with torch.device('meta'):
+        model = Toy(0.1, 0.0)
+    model.to_empty(device='cpu')
+    model.half()
+    mean = model.means['val_acc']
+    for _ in range(2):
+        mean.update(torch.tensor(3), 4)
+        assert mean.compute().item() == 0.75
+        mean.to_empty(device='cpu')
+        assert mean.compute().item() == 0.75
+        mean.reset()
+
+
+def test_paths_may_be_texts(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with quiet():
+        assert make_trainer('~/a', CPU, 0).default_root_dir == str(tmp_path / 'a')
+    ended = pytest.raises(KeyboardInterrupt, match=f'{tmp_path}/a: start again')
+    with ended, interruptible('~/a'):
+        raise KeyboardInterrupt
+
+
+def test_the_seed_of_the_data_is_a_plain_number():
+    sets = [toy_set(64, seed) for seed in range(3)]
+    data = TaskData(*sets, 16, np.int64(3))
+    assert len(list(data.train_dataloader())) == 4
+    with pytest.raises(TypeError, match='seed must be an integer, got None'):
+        TaskData(*sets, 16, None)
 
 
 def test_a_run_of_a_model_that_has_changed_since_is_refused(tmp_path):

@@ -51,9 +51,9 @@ def with_colab_cells(nb, name, cfg):
     "The notebook with its badge and install cell behind the title, found by what they hold"
     badge = {'cell_type': 'markdown', 'id': 'colab-badge', 'metadata': {}}
     badge |= {'source': [colab_badge(cfg, name)]}
-    setup = [f'pip install -qU fastcore git+{cfg["git_url"]}']
-    setup += [f'git clone -q --depth 1 {cfg["git_url"]} repo', 'ln -sfn repo/nbs/results results']
-    lines = ['#| hide\n', '#| eval: false\n', ' && '.join([COLAB_GUARD, *setup])]
+    clone = f'{COLAB_GUARD} && git clone --depth 1 {cfg["git_url"]} repo\n'
+    setup = f'{COLAB_GUARD} && pip install -qU fastcore ./repo && ln -sfn repo/nbs/results results'
+    lines = ['#| hide\n', '#| eval: false\n', clone, setup]
     install = {'cell_type': 'code', 'id': 'colab-install', 'metadata': {}, 'source': lines}
     install |= {'execution_count': None, 'outputs': []}
     title, *rest = nb['cells']

@@ -107,15 +107,22 @@ def peak_memory(
 def busiest(
     call: Callable,  # what to look into, on the CPU
     top: int = 4,  # how many operations
+    rounds: int = 7,  # samples, after a call to warm up
 ) -> dict[str, float]:  # their shares of the time, largest first
     "The operations of PyTorch in which a call spends most of its time."
     call()
+    runs = [_operations(call) for _ in range(rounds)]
+    times = {key: median(run.get(key, 0.0) for run in runs) for key in runs[0]}
+    total = sum(times.values())
+    slowest = sorted(times, key=times.get, reverse=True)[:top]
+    return {key.removeprefix('aten::').strip('_'): times[key] / total for key in slowest}
+
+
+def _operations(call):
+    "Microseconds in each of PyTorch's operations, without those it calls itself."
     with _silent(), profile(activities=[ProfilerActivity.CPU]) as prof:
         call()
-    events = sorted(prof.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(e.self_cpu_time_total for e in events)
-    names = [e.key.removeprefix('aten::').strip('_') for e in events[:top]]
-    return {n: e.self_cpu_time_total / total for n, e in zip(names, events)}
+    return {event.key: event.self_cpu_time_total for event in prof.key_averages()}
 
 # %% ../nbs/97_benchmark.ipynb #6ecc49ec
 _PRODUCT = 1024  # rows and columns of the matrices in a large product
@@ -155,7 +162,7 @@ def compare(
         row['GFLOP/s'] = 2 * _PRODUCT**3 / middle[limit] / 1e6
     return row | {f'{goal} goal': value for goal, value in goals.items()}
 
-
+# %% ../nbs/97_benchmark.ipynb #eb6b7c49
 def _product(timed):
     "A large matrix product, to be timed, or as a call that returns its milliseconds."
     a, b = torch.rand(2, _PRODUCT, _PRODUCT)
@@ -165,11 +172,13 @@ def _product(timed):
 
 
 def _milliseconds(variants, rounds):
+    "Samples of variants that are timed."
     times = in_turns(variants, rounds)
     return {name: [1e3 * t for t in samples] for name, samples in times.items()}
 
 
 def _returned(variants, rounds):
+    "Samples of variants that return their number."
     turns = [{name: call() for name, call in variants.items()} for _ in range(rounds)]
     return {name: [turn[name] for turn in turns] for name in variants}
 
@@ -190,7 +199,7 @@ def as_table(
     known = [{k: v for k, v in row.items() if not pd.isna(v)} for row in rows]
     return pd.DataFrame([_as_text(row) for row in known]).set_index('measured')
 
-
+# %% ../nbs/97_benchmark.ipynb #e5a52c77
 def _as_text(row):
     "One row, as text."
     peer = ratio = share = ''
@@ -217,7 +226,11 @@ def _rounded(row, key):
     if key not in row:
         return ''
     value = row[key]
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    digits = 2
+    if value >= 100:
+        digits = 0
+    elif value >= 10:
+        digits = 1
     return f'{value:,.{digits}f} {row["unit"]}'
 
 

@@ -43,6 +43,7 @@ class Dropout(nn.Dropout):
         return plain and self.training and 0 < round(65536 * self.p) < 65536
 
 # %% ../nbs/98_fast.ipynb #e0ad1e71
+# the twin's own code runs with fewer classes than the one, and at least the other in logits
 _FEW_CLASSES, _FEW_LOGITS = 16, 2**12
 
 

@@ -622,6 +622,7 @@ def _compute(
     trainer: pl.Trainer,  # where to run
     extraction: _Extraction,  # what to run
     machine: Machine,  # for the number of threads
+    path: Path,  # where the features will be
 ) -> Tensor:  # [N, D]
     "Compute the missing parts, and put all together."
     model, parts = extraction.model, extraction.folder
@@ -635,6 +636,8 @@ def _compute(
     found = extraction.load()
     trainer.strategy.barrier()
     if any(part is None for part in found):
+        if path.exists():  # another run, with the same images and model, was faster
+            return _load_features(path, extraction.key, len(extraction.dataset))
         raise ValueError(f'{parts} lost some parts while they were computed; start again to go on')
     return torch.cat(found)
 
@@ -674,7 +677,7 @@ def extract_features(
         return _check_rows(found, dataset, model, path)
 
     work = (model, dataset, parts, key, batch_size, dtype, machine.progress)
-    features = _compute(trainer, _Extraction(*work), machine)
+    features = _compute(trainer, _Extraction(*work), machine, path)
     _check_rows(features, dataset, model, path)
     if trainer.is_global_zero:
         _save_features(path, features, key)
@@ -780,7 +783,8 @@ def train_picture_cnn(
     **settings,  # fields of PictureCNNSettings
 ) -> dict:  # val_acc and test_acc, on pictures it has not seen
     "Train the extractor on the characters that no task uses, and keep half-precision weights."
-    s, machine, path = (PictureCNNSettings(**settings), machine or Machine(), whole_path(path))
+    s, path = PictureCNNSettings(**settings), whole_path(path)
+    machine = machine or Machine()
 
     def pictures(train, seed, per_class):
         what = dict(characters=OTHER_CHARACTERS, per_class=per_class, seed=seed)
@@ -882,7 +886,7 @@ def imagenet_resnet34(
     folder=None,  # where the download is kept; by default the folder that torchvision uses
     progress: bool = True,  # show a progress bar
 ) -> nn.Sequential:  # maps uint8 [B, 3, h, w] to features [B, 512]; frozen
-    "The network whose features the published results used, with its preprocessing."
+    "The network whose features the course uses, with its preprocessing."
     from torchvision.models import ResNet34_Weights, resnet34
 
     if state_dict is None:

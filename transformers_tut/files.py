@@ -210,13 +210,13 @@ def published_checkpoint(
 
 # %% ../nbs/91_files.ipynb #8f4ac9e3
 def _study_path(name: str) -> Path:
+    "Where the table of a study is, in the folder of the notebooks."
     return whole_path('results') / f'{name}.csv'
 
 
 def make_study(
     name: str,  # of the study: the table is results/NAME.csv
     rows,  # a function without arguments, which gives a list of dicts
-    /,
     **settings,  # facts of the study, to stand on top of the table
 ):
     "Run a study and keep its table; where it is there, only with TUT_STUDIES=anew."

@@ -46,10 +46,14 @@ class PositionalEncoding(nn.Module):
 
     def reset_parameters(self):
         "Fill the table in, as after `to_empty`."
-        self.pe.copy_(sinusoid_table(*self.pe.shape[1:]))
+        with torch.device('cpu'):  # whatever the default device is
+            table = sinusoid_table(*self.pe.shape[1:])
+        self.pe.copy_(table)
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
+        if self.pe.is_meta:  # by `assign=True` nothing has moved it
+            self.pe = torch.empty_like(self.pe, device='cpu')
         self.reset_parameters()
 
     def forward(

@@ -33,7 +33,10 @@ def _plain(
     if kind is bool:
         return check_bool(name, value)
     if kind is int:
-        return check_int(name, value, -sys.maxsize)
+        value = check_int(name, value, -sys.maxsize)
+        if value > sys.maxsize:
+            raise ValueError(f'{name} must be at most {sys.maxsize}, got {value}')
+        return value
     if kind is float:
         return check_number(name, value)
     if not isinstance(value, str):
@@ -86,6 +89,7 @@ class Machine(Settings):
     progress: bool = True  # show a progress bar
 
     smallest = dict(threads=0)
+    largest = dict(threads=1024)
 
     def __post_init__(self):
         devices = self.devices
@@ -106,7 +110,8 @@ class Machine(Settings):
                 'strategy must start each process as a program of its own, as auto and ddp do, '
                 f'got {self.strategy!r}'
             )
-        devices, kind, there = self._devices(), *_devices_here(self.accelerator)
+        devices = self._devices()
+        kind, there = _devices_here(self.accelerator)
         if kind == 'CPU cores' and isinstance(devices, list):
             # cores have no numbers: a list of two is two processes
             devices = len(devices)
@@ -259,6 +264,9 @@ def _guarded(
     run,  # does its work, and may return an exit status
 ) -> int:  # the exit status
     "Run a command, with a sentence on stderr in place of a traceback."
+    # Python has no stream where the one it was given is closed
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, 'w')  # noqa: SIM115
     # what a terminal cannot show, say of a path, is spelt out instead of ending the command
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):

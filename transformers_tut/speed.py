@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import chain, cycle
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +35,7 @@ from .anomaly import AnomalySettings, SetAnomalyDataset, anomaly_model
 from .attention import MultiheadAttention, to_torch
 from .benchmark import as_table, compare, in_turns, peak_memory
 from .checks import check_bool, check_int
-from .encoder import EncoderBlock, TransformerEncoder
+from .encoder import EncoderBlock
 from .fast import CrossEntropyLoss, Dropout, faster, fold_batchnorm
 from .features import Preprocess
 from .figures import COLOURS
@@ -347,7 +347,9 @@ def _long_row(model, x, causal, both, **options):
     products = getattr(_attention_cost(1, T, 256, 4), part)
     flops = getattr(weights, part) + (products / 2 if causal else products)
     way = _both_ways if both else _forward
-    words = ', '.join(['causal'] * causal + ['both ways' if both else 'forward'])
+    words = 'both ways' if both else 'forward'
+    if causal:
+        words = f'causal, {words}'
     variants = {name: way(call, x) for name, call in calls.items()}
     return compare(f'attention, T = {T}, {words}', variants, flops=flops, **options)
 
@@ -368,7 +370,7 @@ def _memory_rows(quick):
 
 # %% ../nbs/20_speed.ipynb #b77e77e1
 def _masked_rows(quick):
-    "Causal and padding masks together, and short sequences, where there is little to gain."
+    "Causal and padding masks together, against a causal mask alone."
     rounds = 2 if quick else 7
     ours = MultiheadAttention(256, 256, 4)
     naive, T = _naive_twin(ours), 128 if quick else 1024
@@ -379,7 +381,13 @@ def _masked_rows(quick):
     variants['causal alone'] = _forward(ours, x, is_causal=True)
     name = f'attention, T = {T}, causal and padded, forward'
     yield compare(name, variants, limit='causal alone', rounds=rounds, share=1 / 1.15)
-    short = torch.randn(128, 16, 256)
+
+# %% ../nbs/20_speed.ipynb #420e5b4b
+def _short_rows(quick):
+    "Short sequences, where there is little to gain; and a whole block."
+    rounds = 2 if quick else 7
+    ours, short = MultiheadAttention(256, 256, 4), torch.randn(128, 16, 256)
+    naive = _naive_twin(ours)
     for way, words in [(_forward, 'forward'), (_both_ways, 'both ways')]:
         variants = {'ours': way(ours, short), 'written out': way(naive, short)}
         variants |= {name: way(peer, short) for name, peer in _peers(ours, short).items()}
@@ -562,6 +570,12 @@ class _Task:
     clip: float  # largest norm of the gradient
     seq_len: int  # elements of a sequence
 
+    def steps(self, quick):
+        "How many steps a measurement takes: many of the small model, few of the large one."
+        if quick:
+            return 6
+        return 60 if self.name == 'reverse' else 15
+
     def lightning(self, way, steps):
         "The milliseconds of a step in Lightning."
         if way == 'ours':
@@ -604,6 +618,12 @@ def _tasks(quick=False):
 _PARTS = ['data', 'forward and loss', 'backward', 'clipping', 'Adam']
 
 
+def _epochs(loader):
+    "The batches of a loader, epoch after epoch."
+    while True:
+        yield from loader
+
+
 def _plain_steps(
     task: _Task,  # which training
     way: str,  # 'ours' or 'naive'
@@ -611,7 +631,7 @@ def _plain_steps(
     "Train in a plain loop, without Lightning, and yield what each step took."
     model, loader, logits_and_targets, loss_of, optimizer = _ways(task)[way]
     schedule = CosineWarmupScheduler(optimizer, model.hparams.warmup, 10_000)
-    batches = chain.from_iterable(iter(lambda: iter(loader), None))  # epoch after epoch
+    batches = _epochs(loader)
     while True:
         marks = [time.perf_counter()]
         batch = next(batches)
@@ -645,7 +665,7 @@ def _step_rows(quick=False):
     rows = []
     with threads(1):
         for task in _tasks(quick):
-            steps = 6 if quick else 60 if task.name == 'reverse' else 15
+            steps = task.steps(quick)
             for _ in range(1 if quick else 3):
                 rows += _round_of_steps(task, steps)
     return rows
@@ -687,7 +707,7 @@ def _training_rows(quick):
     "Steps of both tasks, in Lightning and in a plain loop."
     rounds = 1 if quick else 5
     for task, share in zip(_tasks(quick), (1 / 1.10, 1 / 1.03)):
-        steps = 6 if quick else 60 if task.name == 'reverse' else 15
+        steps = task.steps(quick)
         cost = predictor_cost(task.model, task.loader.batch_size, task.seq_len)
         yield compare(
             f'{task.name}: a training step in a plain loop',
@@ -733,8 +753,8 @@ def _seconds_of(code, *args):
 # %% ../nbs/20_speed.ipynb #c9262041
 def _table_rows(quick=False):
     "All lines of the table, with one thread."
-    groups = [_long_rows, _memory_rows, _masked_rows, _fast_rows, _set_rows]
-    groups += [_fixed_set_rows, _image_rows, _training_rows, _command_rows]
+    groups = [_long_rows, _memory_rows, _masked_rows, _short_rows, _fast_rows]
+    groups += [_set_rows, _fixed_set_rows, _image_rows, _training_rows, _command_rows]
     with threads(1), torch.random.fork_rng(devices=[]):
         return [row for group in groups for row in group(quick)]
 
