@@ -42,9 +42,7 @@ def make(kind, num_heads=H):
 def build(kind, num_heads=H, seed=0, **block_args):
     torch.manual_seed(seed)
     sizes = dict(input_dim=D, num_heads=num_heads, dim_feedforward=20)
-    return TransformerDecoder(
-        2, positions=make(kind, num_heads), **sizes, **block_args
-    ).eval()
+    return TransformerDecoder(2, positions=make(kind, num_heads), **sizes, **block_args).eval()
 
 
 @pytest.fixture(scope='module')
@@ -277,10 +275,7 @@ def test_randomised_agrees_with_the_kind_inside_at_the_drawn_positions(x):
     drawn = model.positions._drawn
     plain = build('relative')
     plain.load_state_dict(
-        {
-            k.replace('positions.positions', 'positions'): v
-            for k, v in model.state_dict().items()
-        }
+        {k.replace('positions.positions', 'positions'): v for k, v in model.state_dict().items()}
     )
     index, seen = plain.positions, drawn.expand(B, -1)
     plain.positions = Fixed(index, seen)
@@ -308,68 +303,24 @@ def test_compiled_agrees(x):
 @pytest.mark.parametrize(
     ('call', 'error', 'message'),
     [
-        (
-            lambda: make_positions('rope', D, H),
-            ValueError,
-            "learned, rotary.*got 'rope'",
-        ),
-        (
-            lambda: make_positions(None, D, H),
-            ValueError,
-            'kind must be one of .*got None',
-        ),
+        (lambda: make_positions('rope', D, H), ValueError, "learned, rotary.*got 'rope'"),
+        (lambda: make_positions(None, D, H), ValueError, 'kind must be one of .*got None'),
         (lambda: make_positions([], D, H), ValueError, 'kind must be one of'),
-        (
-            lambda: make_positions('none', 10, 4),
-            ValueError,
-            'model_dim=10 and num_heads=4',
-        ),
-        (
-            lambda: make_positions('none', 0, 4),
-            ValueError,
-            'model_dim must be at least 1',
-        ),
-        (
-            lambda: make_positions('none', 8, 2.0),
-            TypeError,
-            'num_heads must be an integer',
-        ),
+        (lambda: make_positions('none', 10, 4), ValueError, 'model_dim=10 and num_heads=4'),
+        (lambda: make_positions('none', 0, 4), ValueError, 'model_dim must be at least 1'),
+        (lambda: make_positions('none', 8, 2.0), TypeError, 'num_heads must be an integer'),
         (lambda: make_positions('rotary', 6, 2), ValueError, 'head_dim must be even'),
-        (
-            lambda: make_positions('learned', 6, 2, max_len=0),
-            ValueError,
-            'max_len must',
-        ),
+        (lambda: make_positions('learned', 6, 2, max_len=0), ValueError, 'max_len must'),
         (lambda: make_positions('alibi', 6, 2, max_len='9'), TypeError, 'max_len must'),
         (lambda: Sinusoidal(True), TypeError, 'model_dim must be an integer'),
         (lambda: Learned(8, max_len=-1), ValueError, 'max_len must be at least 1'),
         (lambda: Rotary(8, base=0), ValueError, 'base must be positive'),
-        (
-            lambda: Rotary(8, base=math.inf),
-            ValueError,
-            'base must be positive and finite',
-        ),
+        (lambda: Rotary(8, base=math.inf), ValueError, 'base must be positive and finite'),
         (lambda: ALiBi(0), ValueError, 'num_heads must be at least 1'),
-        (
-            lambda: RelativeBias(2, num_buckets=1),
-            ValueError,
-            'num_buckets must be at least',
-        ),
-        (
-            lambda: RelativeBias(2, num_buckets=7),
-            ValueError,
-            'num_buckets must be even',
-        ),
-        (
-            lambda: RelativeBias(2, max_distance=16),
-            ValueError,
-            'above num_buckets // 2 = 16',
-        ),
-        (
-            lambda: Randomised('rotary', 9),
-            TypeError,
-            'positions must be a Positions, got str',
-        ),
+        (lambda: RelativeBias(2, num_buckets=1), ValueError, 'num_buckets must be at least'),
+        (lambda: RelativeBias(2, num_buckets=7), ValueError, 'num_buckets must be even'),
+        (lambda: RelativeBias(2, max_distance=16), ValueError, 'above num_buckets // 2 = 16'),
+        (lambda: Randomised('rotary', 9), TypeError, 'positions must be a Positions, got str'),
         (lambda: Randomised(Rotary(4), 0), ValueError, 'draw_from must be at least 1'),
         (lambda: Randomised(Learned(4, max_len=8), 9), ValueError, 'at most max_len=8'),
     ],
@@ -435,8 +386,6 @@ def test_randomised_refuses_in_training_only(x):
     with pytest.raises(ValueError, match='call model.eval'):
         model(x, cache=cache)
     model.positions.draw_from = T - 1
-    with pytest.raises(
-        ValueError, match=f'sequences of {T} tokens .*draw_from={T - 1}'
-    ):
+    with pytest.raises(ValueError, match=f'sequences of {T} tokens .*draw_from={T - 1}'):
         model(x)
     model.eval()(x)
