@@ -573,3 +573,31 @@ def test_two_processes_give_one_right_result(tmp_path, data):
     assert report['steps'] == 8 * 46  # a batch is shared out, not multiplied
     (alone,) = results(start(tmp_path, data))  # finds the model, and counts the same
     assert alone == pytest.approx(first, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    'score', [centroid_rule, DeepSets(8, 8, 1, 1e-3, 1, 1).set_logits], ids=['rule', 'DeepSets']
+)
+@pytest.mark.parametrize(
+    'real, message',
+    [
+        (torch.tensor([[0.0, 0, 0, -1e9, -1e9]]), 'pass mask == 0'),  # additive: 0 means attend
+        (torch.tensor([[1, 1, 1, 2, 0]]), 'integers other than 0 and 1'),
+        (torch.ones(2, 5).bool(), 'real must have the shape [B, S] = [1, 5], got [2, 5]'),
+    ],
+    ids=['additive', 'twos', 'shape'],
+)
+def test_a_mask_of_another_kind_is_refused(score, real, message):
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        score(torch.randn(1, 5, 8), real)
+    assert message in str(refusal.value)
+
+
+def test_sets_are_found_from_the_end_as_well():
+    sets = SetAnomalyDataset(torch.randn(30, 4), torch.arange(30) % 3, 5, seed=0)
+    assert torch.equal(
+        sets[-1][1], SetAnomalyDataset(sets.img_feats, sets.labels, 5, seed=0)[29][1]
+    )
+    assert sets[-1][0].shape == (5, 4)  # a second time, drawn anew
+    with pytest.raises(IndexError):
+        sets[30]

@@ -22,6 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, get_worker_info
 
+from .attention import _as_boolean
 from transformers_tut.checks import (
     check_bool,
     check_int,
@@ -97,6 +98,19 @@ def draw_sets(
     sets[rows, place] = odd
     return sets, place
 
+# %% ../nbs/13_anomaly.ipynb #13h8real
+def _as_real(
+    real,  # what was given
+    features: Tensor,  # [B, S, D]
+) -> Tensor:  # boolean [B, S]
+    "Accept a mask of sets: True = an element, False = padding."
+    real = _as_boolean('real', real, features.device)
+    if real.shape != features.shape[:2]:
+        raise ValueError(
+            f'real must have the shape [B, S] = {list(features.shape[:2])}, got {list(real.shape)}'
+        )
+    return real
+
 # %% ../nbs/13_anomaly.ipynb #69730b66
 def centroid_rule(
     features: Tensor,  # [B, S, D]
@@ -105,8 +119,8 @@ def centroid_rule(
     "How far each element points away from the mean of the others."
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     if real is None:
-        real = torch.ones_like(features[..., 0])
-    real = real.bool()
+        real = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    real = _as_real(real, features)
     features = features * real[..., None]
     others = features.sum(1, keepdim=True) - features  # of any length: only angles count
     distance = 1 - F.cosine_similarity(features, others, dim=-1)
@@ -256,12 +270,13 @@ class DeepSets(Classifier):
     ) -> Tensor:  # [B, S], -inf for padding
         "One logit for each element."
         x = self.input_net(_as_input(self, features))
+        real = None if real is None else _as_real(real, features)
         weight = torch.ones_like(x[..., :1]) if real is None else real[..., None].to(x)
         for layer in self.layers:
             mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             x = x + layer(torch.cat([x, mean.expand_as(x)], -1))
         logits = self.output_net(x).squeeze(-1)  # [B, S]
-        return logits if real is None else logits.masked_fill(real == 0, -torch.inf)
+        return logits if real is None else logits.masked_fill(~real, -torch.inf)
 
     def logits_and_targets(
         self,
@@ -407,7 +422,7 @@ class SetAnomalyDataset(Dataset):
         indices: list[int],  # which sets
     ) -> tuple[Tensor, Tensor, Tensor]:  # features [B, S, D], images [B, S], places [B]
         "Some sets as a batch."
-        indices = torch.as_tensor(indices)
+        indices = torch.arange(len(self))[torch.as_tensor(indices)]  # from the end as well
         if self.sets is None:
             self._begin()
         if self.train:

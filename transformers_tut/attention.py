@@ -286,17 +286,17 @@ def to_torch(
 ) -> nn.Module:  # the torch.nn module with copies of the weights
     "The `torch.nn` twin of a module, with its weights, dropout and mode."
     raise TypeError(
-        f'to_torch takes a MultiheadAttention or an EncoderBlock, got {type(module).__name__}'
+        f"to_torch takes one of this library's attentions or blocks, got {type(module).__name__}"
     )
 
 # %% ../nbs/00_attention.ipynb #62a59712
 @singledispatch
 def from_torch(
-    module: nn.Module,  # a torch.nn.MultiheadAttention or TransformerEncoderLayer
+    module: nn.Module,  # an attention, encoder layer or decoder layer of torch.nn
 ) -> nn.Module:  # this library's module with copies of the weights
     "The twin of a `torch.nn` module, with its weights, dropout and mode."
     raise TypeError(
-        'from_torch takes a torch.nn.MultiheadAttention or TransformerEncoderLayer, '
+        'from_torch takes an attention, encoder layer or decoder layer of torch.nn, '
         f'got {type(module).__name__}'
     )
 

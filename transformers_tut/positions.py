@@ -137,9 +137,7 @@ class Rotary(Positions):
         self.head_dim = check_int('head_dim', head_dim)
         self.base = check_positive('base', base)
         if self.head_dim % 2:
-            raise ValueError(
-                f'head_dim must be even, since pairs are turned, got {head_dim}'
-            )
+            raise ValueError(f'head_dim must be even, since pairs are turned, got {head_dim}')
 
     def rotate(
         self,
@@ -302,9 +300,7 @@ class Randomised(Positions):
     ):
         super().__init__()
         if not isinstance(positions, Positions):
-            raise TypeError(
-                f'positions must be a Positions, got {type(positions).__name__}'
-            )
+            raise TypeError(f'positions must be a Positions, got {type(positions).__name__}')
         self.draw_from = check_int('draw_from', draw_from)
         self.positions, self.max_len = positions, positions.max_len
         if self.max_len is not None and draw_from > self.max_len:
@@ -350,8 +346,7 @@ class Randomised(Positions):
             )
         if high >= self.draw_from:
             raise ValueError(
-                f'sequences of {high.item() + 1} tokens are longer than '
-                f'draw_from={self.draw_from}'
+                f'sequences of {high.item() + 1} tokens are longer than draw_from={self.draw_from}'
             )
         order = torch.randperm(self.draw_from, device=index.device)
         return order[: high + 1].sort().values
