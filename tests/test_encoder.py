@@ -383,3 +383,11 @@ def test_refused(case):
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize('method', ['forward', '_sa_block', '_ff_block'])
+def test_a_method_exchanged_on_the_layer_is_refused(method):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    setattr(layer, method, lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match=f'has a {method} of its own'):
+        from_torch(layer)

@@ -324,8 +324,9 @@ def _check_plain(
             refuse(name, f'is a {type(part).__name__}')
         if any(getattr(part, hook) for hook in hooks):
             refuse(name, 'has hooks')
-        if 'forward' in vars(part):
-            refuse(name, 'has a forward of its own')
+        for method, own in vars(part).items():
+            if callable(own) and callable(getattr(type(part), method, None)):
+                refuse(name, f'has a {method} of its own')
         if isinstance(part, nn.Linear) and part.bias is None:
             refuse(name, 'has bias=False')
 
