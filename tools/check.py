@@ -1,9 +1,10 @@
 """Check what no test and no linter sees in the notebooks and Markdown files.
 
 Links, cross-references and citations lead somewhere; labels stand once and have captions; figures
-have alternative text; imports between notebooks only go down, and the workshop (9x) imports no
-lesson. Nothing is fetched or written. References such as @fig-x reach labels of their own notebook
-only: in a website, another notebook is reached by a link to NAME.ipynb#sec-x.
+have alternative text, and questions answers; imports between notebooks only go down, and the
+workshop (9x) imports no lesson. Nothing is fetched or written. References such as @fig-x reach
+labels of their own notebook only: in a website, another notebook is reached by a link to
+NAME.ipynb#sec-x.
 """
 
 import argparse
@@ -49,6 +50,7 @@ class Cell:
     kind: str
     source: str
     pictures: bool = False
+    tags: tuple = ()
 
     @cached_property
     def directives(self):
@@ -109,7 +111,8 @@ def read_page(path):
     for n, c in enumerate(nbformat.read(path, as_version=4).cells, 1):
         kinds = {kind for output in c.get('outputs', []) for kind in output.get('data', {})}
         pictures = any(kind.startswith('image/') for kind in kinds)
-        cells.append(Cell(f'{name}: cell {n}', c.cell_type, c.source, pictures))
+        tags = tuple(c.metadata.get('tags', []))
+        cells.append(Cell(f'{name}: cell {n}', c.cell_type, c.source, pictures, tags))
     return Page(path, cells)
 
 
@@ -135,6 +138,8 @@ def check_directives(page):
     "Quarto reads `#| name: value` as YAML"
     for cell in page.cells:
         for name, value in cell.directives.items():
+            if name in ('hint', 'write'):  # for the workbook, without a colon
+                continue
             try:
                 yaml.safe_load(f'{name}: {value}')
             except yaml.YAMLError:
@@ -225,6 +230,20 @@ def check_house(page, numbers):
             yield f'{cell.where}: {number}_{name} must not import {other}_{module}'
 
 
+def check_answers(page):
+    "Each question of 'Try it' has its answer behind it, folded on the site"
+    headings = [n for n, c in enumerate(page.cells) if c.source.startswith('## Try it')]
+    for n in headings:
+        rest = page.cells[n + 1 :]
+        if not rest:
+            yield f'{page.cells[n].where}: give each question a cell of its own, and an answer'
+        for cell, behind in zip(rest, [*rest[1:], None]):
+            if re.match(r'\*\*\d+\.\*\*', cell.source) and not (
+                behind and 'answer' in behind.tags and 'code-fold' in behind.directives
+            ):
+                yield f'{cell.where}: behind it there must be a folded cell tagged "answer"'
+
+
 def definitions(page):
     "Each exported cell with the public functions and classes that it defines"
     for cell in page.cells:
@@ -267,6 +286,7 @@ def run():
             yield from check_mentions(page, citations)
             yield from check_house(page, numbers)
             yield from check_exports(page, names)
+            yield from check_answers(page)
 
 
 def main():

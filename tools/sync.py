@@ -2,9 +2,10 @@
 
 From settings.ini, the address: nbs/nbdev.yml, and each notebook's Colab badge and install cell.
 From the notebooks' titles and descriptions: navigation in nbs/site.yml and the table of
-notebooks in index.ipynb, in the order of their numbers. From nbs/index.ipynb: README.md and its
-figures, nbs/images/readme_<n>.*, without Quarto. Files are replaced in one step, and left alone
-where nothing changes.
+notebooks in index.ipynb, in the order of their numbers. From the lessons: nbs/_workbook, the
+exercises as Colab opens them. From nbs/index.ipynb: README.md and its figures,
+nbs/images/readme_<n>.*, without Quarto. Files are replaced in one step, and left alone where
+nothing changes.
 """
 
 import argparse
@@ -23,9 +24,12 @@ from nbconvert import MarkdownExporter
 from nbdev.quarto import _nbdev_yml  # the template of the pinned nbdev, which writes the same file
 from traitlets.config import Config
 
+from transformers_tut.workbook import make_workbooks
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / 'nbs'
 BADGE_IMAGE = 'https://colab.research.google.com/assets/colab-badge.svg'
+WORKBOOK = '_workbook'  # nbdev and Quarto leave out what begins with an underscore
 COLAB_GUARD = '! [ -e /content ]'
 
 
@@ -35,10 +39,14 @@ def read_settings():
     return config['DEFAULT']
 
 
+def colab_url(cfg, notebook):
+    place = f'{cfg["user"]}/{cfg["repo"]}/blob/{cfg["branch"]}/nbs/{notebook}'
+    return f'https://colab.research.google.com/github/{place}'
+
+
 def colab_badge(cfg, notebook):
     "The badge that opens `notebook` on Colab; as HTML, or Quarto would make it a figure"
-    place = f'{cfg["user"]}/{cfg["repo"]}/blob/{cfg["branch"]}/nbs/{notebook}'
-    url = f'https://colab.research.google.com/github/{place}'
+    url = colab_url(cfg, notebook)
     return f'<a href="{url}"><img src="{BADGE_IMAGE}" alt="Open in Colab"></a>'
 
 
@@ -51,6 +59,9 @@ def with_colab_cells(nb, name, cfg):
     "The notebook with its badge and install cell behind the title, found by what they hold"
     badge = {'cell_type': 'markdown', 'id': 'colab-badge', 'metadata': {}}
     badge |= {'source': [colab_badge(cfg, name)]}
+    if any('exercise' in cell['metadata'].get('tags', []) for cell in nb['cells']):
+        url = colab_url(cfg, f'{WORKBOOK}/{name}')
+        badge['source'] = [f'{badge["source"][0]}\n', f'<a href="{url}">as exercises</a>']
     clone = f'{COLAB_GUARD} && git clone --depth 1 {cfg["git_url"]} repo\n'
     setup = f'{COLAB_GUARD} && pip install -qU fastcore ./repo && ln -sfn repo/nbs/results results'
     lines = ['#| hide\n', '#| eval: false\n', clone, setup]
@@ -160,9 +171,9 @@ def heading(nb):
 
 
 def wings(notebooks):
-    "The lessons, and the workshop (9x): {name: notebook} each"
+    "The lessons, and the workshop (8x, 9x): {name: notebook} each"
     for title, workshop in [('Lessons', False), ('Workshop', True)]:
-        part = {name: nb for name, nb in notebooks.items() if name.startswith('9') == workshop}
+        part = {name: nb for name, nb in notebooks.items() if (name >= '8') == workshop}
         if part:
             yield title, part
 
@@ -185,6 +196,7 @@ def site_yml(notebooks, cfg):
     site = {'website': {'navbar': navbar, 'sidebar': sidebar}}
     site |= {'repo-url': cfg['git_url'], 'repo-branch': cfg['branch']}
     site |= {'site-url': cfg['doc_host'] + cfg['doc_baseurl']}
+    site |= {'workbook-url': colab_url(cfg, WORKBOOK)}
     note = '# Made from the notebooks and settings.ini by tools/sync.py: change it there.\n'
     return note + yaml.safe_dump(site, sort_keys=False, allow_unicode=True, width=100)
 
@@ -224,6 +236,9 @@ def derive():
             text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n'
             files[NBS / name] = text.encode()
     files |= dict.fromkeys((NBS / 'images').glob('readme_*.*'))
+    files |= dict.fromkeys((NBS / WORKBOOK).glob('*.ipynb'))
+    for name, text in make_workbooks(lessons, '..').items():
+        files[NBS / WORKBOOK / name] = text.encode()
     return files | readme(new['index.ipynb'], cfg, yaml.safe_load(site))
 
 

@@ -277,15 +277,18 @@ def load_ipython_extension(
         ipython.register_magic_function(getattr(exercises, name), kind, name)
 
 # %% ../nbs/80_workbook.ipynb #workbook-read
+def _joined(notebook: dict) -> dict:
+    "The notebook with its sources as strings; in files they are lists of lines."
+    cells = [cell | {'source': ''.join(cell['source'])} for cell in notebook['cells']]
+    return notebook | {'cells': cells}
+
+
 def _read(path) -> dict:
-    "A notebook whose sources are strings; `ValueError` for what is none."
+    "A notebook from its file; `ValueError` for what is none."
     try:
-        notebook = json.loads(Path(path).read_text(encoding='utf-8'))
-        for cell in notebook['cells']:
-            cell['source'] = ''.join(cell['source'])
+        return _joined(json.loads(Path(path).read_text(encoding='utf-8')))
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f'{show_path(path)} is not a notebook') from e
-    return notebook
 
 
 def _linked(text: str, elsewhere: str, names) -> str:
@@ -305,7 +308,8 @@ def make_workbooks(
     solutions: bool = False,  # keep the bodies
 ) -> dict[str, str]:  # the files' text by name, for lessons with exercises
     "The workbooks of several lessons."
-    found = {name: nb for name, nb in lessons.items() if find_exercises(nb)}
+    found = {name: _joined(nb) for name, nb in lessons.items()}
+    found = {name: nb for name, nb in found.items() if find_exercises(nb)}
     files = {}
     for name, lesson in found.items():
         workbook = make_workbook(lesson, solutions)
