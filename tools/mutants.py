@@ -33,6 +33,7 @@ NBS = Path(__file__).resolve().parents[1] / 'nbs'
 MOST = 10  # mutants of one exercise, spread evenly over all there are
 LONGEST = 60  # seconds for the checks of one mutant; what takes longer hangs, and is caught
 
+MODULES = ('torch', 'F', 'nn', 'math', 'np')
 OTHER = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -73,14 +74,16 @@ def other_value(node):
 
 
 def without(node):
-    "What is left of a call, a sign, a condition or a statement"
+    "What is left of a sign, a condition, a call or a statement"
     if isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
         return node.operand
     if isinstance(node, ast.IfExp):
         return node.orelse
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        module = isinstance(node.func.value, ast.Name) and node.func.value.id in MODULES
-        return node.args[0] if module and node.args else None if module else node.func.value
+    if isinstance(node, ast.Call):
+        owner = getattr(node.func, 'value', None)
+        if owner is None or getattr(owner, 'id', '') in MODULES:  # f(x), torch.f(x)
+            return node.args[0] if node.args else None
+        return owner  # of x.f()
     if isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
         return ast.Pass()
 
@@ -93,13 +96,17 @@ def swapped(node):
         return {'left': node.right, 'right': node.left}
 
 
+def half(node):
+    if isinstance(node, ast.BinOp):
+        return node.left
+
+
 def fewer(node):
     if isinstance(node, ast.Call) and node.keywords:
         return {'keywords': node.keywords[:-1]}
 
 
-MODULES = ('torch', 'F', 'nn', 'math', 'np')
-CHANGES = [other_operator, other_value, without, swapped, fewer]
+CHANGES = [other_operator, other_value, without, swapped, half, fewer]
 
 
 class Change(ast.NodeTransformer):

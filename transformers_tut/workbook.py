@@ -119,6 +119,9 @@ _INTRODUCTION = (
 )
 
 
+_FOLDED = {'jupyter': {'source_hidden': True}}
+
+
 def _new_cell(kind: str, name: str, source: str, **metadata) -> dict:
     cell = {'cell_type': kind, 'id': name, 'metadata': metadata, 'source': source}
     return cell | ({'outputs': [], 'execution_count': None} if kind == 'code' else {})
@@ -140,8 +143,13 @@ def _plain(source: str) -> str | None:
     "A code cell without what only nbdev and the site read; None for what is not to be run."
     found, rest = _directives(source)
     skipped = 'default_exp' in found or 'slow' in found or found.get('eval') == ['false']
-    shown = [f'#| {name}: {found[name][0]}\n' for name in ('label', 'fig-cap') if name in found]
-    return None if skipped and '/content' not in rest else ''.join(shown) + rest
+    return None if skipped and '/content' not in rest else rest
+
+
+def _is_plumbing(source: str) -> bool:
+    "Whether the site folds or hides a code cell: imports, how a figure is drawn."
+    found, _ = _directives(source)
+    return found.get('code-fold') == ['true'] or bool({'hide', 'export'} & set(found))
 
 # %% ../nbs/80_workbook.ipynb #workbook-make-export
 def make_workbook(
@@ -156,7 +164,8 @@ def make_workbook(
     for i, cell in enumerate(lesson['cells']):
         name, source = cell['id'], cell['source']
         if cell['cell_type'] != 'code':
-            cells.append(_new_cell('markdown', name, source))
+            text = re.sub(r'[ \t]*\{#[\w-]+\}', '', source)  # Quarto's labels
+            cells.append(_new_cell('markdown', name, text))
         elif i in at:
             count = f'{exercises.index(at[i]) + 1} of {len(exercises)}'
             cells.append(_new_cell('markdown', f'{name}-task', _task(at[i], count)))
@@ -168,9 +177,12 @@ def make_workbook(
             cells.append(_new_cell('markdown', f'{name}-answer', answer))
         elif plain := _plain(source):
             magic = f'%%check {behind[i].name}\n' if i in behind else ''
-            cells.append(_new_cell('code', name, magic + plain))
+            folded = _FOLDED if _is_plumbing(source) else {}
+            cells.append(_new_cell('code', name, magic + plain, **folded))
         if i in behind and i == behind[i].last and not solutions:
             cells.append(_solution(behind[i], f'{name}-solution'))
+    title, _, rest = cells[0]['source'].partition('\n')
+    cells[0]['source'] = f'{title}: exercises\n{rest}'.strip()
     introduction = _INTRODUCTION.format(n=f'{len(exercises)} definitions')
     load = '%load_ext transformers_tut.workbook'
     start = 1 + max([0] + [n for n, cell in enumerate(cells) if cell['id'].startswith('colab-')])
@@ -188,8 +200,7 @@ def make_workbook(
 def _solution(exercise: Exercise, name: str) -> dict:
     "The folded cell that goes on where the learner's definition does not pass."
     head = f'%%solution {exercise.name}\n#@title The solution of {exercise.name}\n'
-    folded = {'cellView': 'form', 'jupyter': {'source_hidden': True}}  # for Colab and for Jupyter
-    return _new_cell('code', name, head + exercise.source, **folded)
+    return _new_cell('code', name, head + exercise.source, cellView='form', **_FOLDED)
 
 # %% ../nbs/80_workbook.ipynb #workbook-magic
 class Exercises:
