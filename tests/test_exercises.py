@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from transformers_tut.workbook import _read, find_exercises
+from transformers_tut.workbook import _find_exercises, _read
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = pd.read_csv(ROOT / 'nbs' / 'results' / 'exercises.csv', comment='#')
@@ -38,7 +38,7 @@ def test_there_are_enough_and_nearly_all_mutants_are_caught():
 
 @pytest.mark.parametrize('lesson', LESSONS, ids=lambda path: path.stem)
 def test_each_exercise_has_hints_and_says_what_is_wanted(lesson):
-    for exercise in find_exercises(_read(lesson)):
+    for exercise in _find_exercises(_read(lesson)):
         assert 1 <= len(exercise.hints) <= 3, exercise.name
         assert '"' in exercise.source.partition('return')[0], f'{exercise.name}: no docstring'
 

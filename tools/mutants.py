@@ -20,13 +20,13 @@ from IPython.utils.capture import capture_output
 
 from transformers_tut.files import make_study
 from transformers_tut.workbook import (
+    _find_exercises,
     _functions,
+    _make_stub,
+    _make_workbook,
     _own,
     _plain,
     _read,
-    find_exercises,
-    make_stub,
-    make_workbook,
 )
 
 NBS = Path(__file__).resolve().parents[1] / 'nbs'
@@ -181,10 +181,11 @@ def fails(shell, sources):
 def measure(path):
     "One row for each exercise of a lesson; its workbook runs as by a learner who writes nothing"
     lesson = _read(path)
-    exercises = {lesson['cells'][e.cell]['id']: e for e in find_exercises(lesson)}
+    exercises = {lesson['cells'][e.cell]['id']: e for e in _find_exercises(lesson)}
     shell, rows = InteractiveShell.instance(), []
-    for cell in make_workbook(lesson)['cells']:
-        if len(rows) == len(exercises) and not cell['source'].startswith(('%%check', '%%solution')):
+    for cell in _make_workbook(lesson)['cells']:
+        behind = cell['cell_type'] != 'code' or cell['source'].startswith(('%%check', '%%solution'))
+        if len(rows) == len(exercises) and not behind:
             break
         if cell['id'] in exercises:
             e = exercises[cell['id']]
@@ -194,7 +195,7 @@ def measure(path):
                 if c['cell_type'] == 'code'
             ]
             checks = [plain for source in checks if (plain := _plain(source))]
-            if fails(shell, [e.source, *checks]) or not fails(shell, [make_stub(e), *checks]):
+            if fails(shell, [e.source, *checks]) or not fails(shell, [_make_stub(e), *checks]):
                 sys.exit(f'{path.name}: {e.name} must fail as a stub, and pass as it stands')
             tried = spread(mutants(e))
             alive = [m for m in tried if not fails(shell, [m, *checks])]

@@ -24,7 +24,7 @@ from nbconvert import MarkdownExporter
 from nbdev.quarto import _nbdev_yml  # the template of the pinned nbdev, which writes the same file
 from traitlets.config import Config
 
-from transformers_tut.workbook import make_workbooks
+from transformers_tut.workbook import _make_workbooks
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / 'nbs'
@@ -237,7 +237,7 @@ def derive():
             files[NBS / name] = text.encode()
     files |= dict.fromkeys((NBS / 'images').glob('readme_*.*'))
     files |= dict.fromkeys((NBS / WORKBOOK).glob('*.ipynb'))
-    for name, text in make_workbooks(lessons, '..').items():
+    for name, text in _make_workbooks(lessons, '..').items():
         files[NBS / WORKBOOK / name] = text.encode()
     return files | readme(new['index.ipynb'], cfg, yaml.safe_load(site))
 
