@@ -17,30 +17,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .checks import check_int, check_probability, check_tensor
 
-# %% ../nbs/00_attention.ipynb #23b7ec05
-def scaled_dot_product(
-    q: Tensor,  # queries [..., Tq, d_k]
-    k: Tensor,  # keys [..., Tk, d_k]
-    v: Tensor,  # values [..., Tk, d_v]
-    mask: Tensor | None = None,  # True = attend: [Tq, Tk], [B, Tq, Tk], [B, H, Tq, Tk]
-    *,
-    key_padding_mask: Tensor | None = None,  # True = a real key: [B, Tk]
-    is_causal: bool = False,  # query i sees keys 0..i
-    dropout_p: float = 0.0,  # probability of dropping a weight, whenever it is above 0
-) -> tuple[Tensor, Tensor]:  # values [..., Tq, d_v], attention [..., Tq, Tk]
-    "Attention by the definition (Vaswani et al. 2017, eq. 1), with its weights."
-    _check_fit(q, k, v, dropout_p)
-    mask = _combine_masks(q, k, mask, key_padding_mask, is_causal)
-    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)  # [..., Tq, Tk]
-    if mask is not None:
-        scores = scores.masked_fill(~_open_empty_rows(mask), -math.inf)
-    attention = scores.softmax(-1)
-    if mask is not None:
-        attention = attention.masked_fill(~mask, 0)
-    if dropout_p:
-        attention = F.dropout(attention, dropout_p)
-    return attention @ v, attention
-
 # %% ../nbs/00_attention.ipynb #17802fa1
 def _combine_masks(
     q: Tensor, k: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool
@@ -145,6 +121,30 @@ def _check_fit(q, k, v, dropout_p: float):
             'q [..., Tq, d_k], k [..., Tk, d_k] and v [..., Tk, d_v] must agree in d_k, Tk '
             f'and all leading dimensions, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}'
         )
+
+# %% ../nbs/00_attention.ipynb #23b7ec05
+def scaled_dot_product(
+    q: Tensor,  # queries [..., Tq, d_k]
+    k: Tensor,  # keys [..., Tk, d_k]
+    v: Tensor,  # values [..., Tk, d_v]
+    mask: Tensor | None = None,  # True = attend: [Tq, Tk], [B, Tq, Tk], [B, H, Tq, Tk]
+    *,
+    key_padding_mask: Tensor | None = None,  # True = a real key: [B, Tk]
+    is_causal: bool = False,  # query i sees keys 0..i
+    dropout_p: float = 0.0,  # probability of dropping a weight, whenever it is above 0
+) -> tuple[Tensor, Tensor]:  # values [..., Tq, d_v], attention [..., Tq, Tk]
+    "Attention by the definition (Vaswani et al. 2017, eq. 1), with its weights."
+    _check_fit(q, k, v, dropout_p)
+    mask = _combine_masks(q, k, mask, key_padding_mask, is_causal)
+    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)  # [..., Tq, Tk]
+    if mask is not None:
+        scores = scores.masked_fill(~_open_empty_rows(mask), -math.inf)
+    attention = scores.softmax(-1)
+    if mask is not None:
+        attention = attention.masked_fill(~mask, 0)
+    if dropout_p:
+        attention = F.dropout(attention, dropout_p)
+    return attention @ v, attention
 
 # %% ../nbs/00_attention.ipynb #421ff78c
 def fused_attention(
