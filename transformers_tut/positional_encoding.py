@@ -29,6 +29,18 @@ def sinusoid_table(
     table[:, 1::2] = angle[:, : d_model // 2].cos()
     return table
 
+# %% ../nbs/02_positional_encoding.ipynb #4ece0cfe
+def _check_fits(x: Tensor, table: Tensor):
+    "Refuse what the table [1, max_len, d_model] has no codes for."
+    _, max_len, d_model = table.shape
+    length = check_tensor('x', x, f'[B, T, {d_model}]').shape[1]
+    if length > max_len:
+        raise ValueError(
+            f'x has T={length} positions, but the encoding was built for '
+            f'max_len={max_len}: build PositionalEncoding({d_model}, '
+            f'max_len={length}) or larger, or cut x'
+        )
+
 # %% ../nbs/02_positional_encoding.ipynb #4ece0cff
 class PositionalEncoding(nn.Module):
     "Adds the sinusoidal position code to a batch of sequences."
@@ -61,12 +73,6 @@ class PositionalEncoding(nn.Module):
         x: Tensor,  # floating [B, T, d_model], T <= max_len
     ) -> Tensor:  # [B, T, d_model], dtype and device of x
         "x plus the codes of positions 0 to T - 1."
-        _, max_len, d_model = self.pe.shape
-        length = check_tensor('x', x, f'[B, T, {d_model}]').shape[1]
-        if length > max_len:
-            raise ValueError(
-                f'x has T={length} positions, but the encoding was built for '
-                f'max_len={max_len}: build PositionalEncoding({d_model}, '
-                f'max_len={length}) or larger, or cut x'
-            )
+        _check_fits(x, self.pe)
+        length = x.shape[1]
         return (x + self.pe[:, :length]).to(x.dtype)
