@@ -68,7 +68,7 @@ class Classifier(SafeModule):
         self._count(batch, 'test')
 
     def _count(self, batch, stage):
-        "Add a batch to accuracy and loss."
+        "Add a batch to accuracy and loss of a stage, 'val' or 'test', and log them."
         logits, targets = self.logits_and_targets(batch)
         n, acc, loss = len(targets), f'{stage}_acc', f'{stage}_loss'
         self.metrics[acc].update((logits.argmax(-1) == targets).sum(), n)
