@@ -96,6 +96,23 @@ def _check_tokens(tokens, vocab_size: int | None = None):
             f'tokens must be in 0 .. {vocab_size - 1}, got {low.item()} .. {high.item()}'
         )
 
+# %% ../nbs/08_generation.ipynb #cut-off
+def _cut_off(
+    probs: Tensor,  # [..., V], each row from the likeliest down
+    top_k: int | None,  # keep so many; None or 0: all
+    top_p: float | None,  # of these, keep the likeliest that make up p; None: all
+) -> Tensor:  # [..., V], rows sum to 1 again
+    "Top-k, then top-p."
+    if top_k:
+        place = torch.arange(probs.shape[-1], device=probs.device)
+        probs = probs.masked_fill(place >= top_k, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    if top_p is not None and top_p < 1:
+        before = probs.cumsum(-1) - probs  # the token that crosses p is kept
+        probs = probs.masked_fill(before >= top_p, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
 # %% ../nbs/08_generation.ipynb #cc94382f
 def token_probabilities(
     logits: Tensor,  # [..., V]
@@ -106,23 +123,16 @@ def token_probabilities(
 ) -> Tensor:  # [..., V], sums to 1
     "Probabilities of the next token, with the unlikely ones cut off."
     _check_logits(check_tensor('logits', logits, '[..., V]'))
-    temperature, top_k, top_p = _check_sampling(temperature, top_k, top_p)
-    logits = logits - logits.amax(-1, keepdim=True)
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, best, 1.0)
+    logits = logits - logits.amax(-1, keepdim=True)
     probs = (logits / temperature).softmax(-1)
-    if top_k == 0 and top_p == 1:
+    if not top_k and top_p is None:
         return probs
     probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        probs[..., top_k:] = 0
-        probs = probs / probs.sum(-1, keepdim=True)
-    if top_p < 1:
-        before = probs.cumsum(-1) - probs  # the token that crosses p is kept
-        probs = probs.masked_fill(before >= top_p, 0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter(-1, order, probs)
+    return torch.zeros_like(probs).scatter(-1, order, _cut_off(probs, top_k, top_p))
 
 # %% ../nbs/08_generation.ipynb #16f64861
 def _check_logits(logits: Tensor) -> Tensor:
@@ -133,14 +143,13 @@ def _check_logits(logits: Tensor) -> Tensor:
 
 
 def _check_sampling(temperature, top_k, top_p):
-    "The three knobs, with None read as what it stands for."
+    "Refuse knobs that have no meaning."
     if not check_number('temperature', temperature, minimum=0) < torch.inf:
         raise ValueError(f'temperature must be finite, got {temperature}')
-    top_k = 0 if top_k is None else check_int('top_k', top_k, minimum=0)
-    top_p = 1.0 if top_p is None else check_positive('top_p', top_p)
-    if top_p > 1:
+    if top_k is not None:
+        check_int('top_k', top_k, minimum=0)
+    if top_p is not None and check_positive('top_p', top_p) > 1:
         raise ValueError(f'top_p must be in (0, 1], got {top_p}')
-    return float(temperature), top_k, top_p
 
 # %% ../nbs/08_generation.ipynb #8ab84d54
 class _Reader:
@@ -272,27 +281,31 @@ class _Beams:
     "How likely each beam is, how long, and whether it has ended: [B, K] each."
 
     def __init__(self, tokens: Tensor, eos_id: int | None, length_penalty: float):
-        self.eos_id, self.length_penalty = eos_id, length_penalty
-        self.total = torch.zeros(len(tokens), 1, device=tokens.device)
+        self.end = -1 if eos_id is None else eos_id  # -1: no token
+        self.length_penalty = length_penalty
+        self.total = torch.zeros(len(tokens), 1, device=tokens.device)  # log-probability
         self.length = torch.zeros_like(self.total)
         self.done = torch.zeros_like(self.total, dtype=torch.bool)
 
-    def grow(self, logits: Tensor, K: int) -> tuple[Tensor, Tensor]:
-        "The K best ways to go on: the beam each comes from, and its new token."
-        B, V = len(self.total), logits.shape[-1]
-        gain = logits.float().log_softmax(-1).view(B, -1, V)  # [B, K, V]
-        if self.eos_id is not None:  # a text that has ended stays as it is
-            stay = torch.full_like(gain[0, 0], -torch.inf)
-            stay[self.eos_id] = 0
-            gain = torch.where(self.done.unsqueeze(-1), stay, gain)
-        total = self.total.unsqueeze(-1) + gain
-        length = self.length + ~self.done
+    def gain(self, logits: Tensor) -> Tensor:
+        "What each token adds to its beam's log-probability: [B, K, V]."
+        gain = logits.float().log_softmax(-1).unflatten(0, self.total.shape)
+        stay = torch.full_like(gain, -torch.inf)  # a text that has ended stays as it is
+        stay[..., self.end] = 0
+        return torch.where(self.done.unsqueeze(-1), stay, gain)
+
+    def grow(
+        self,
+        logits: Tensor,  # of all beams' next token, [B * K, V]
+        num_beams: int,  # how many go on, if there are so many
+    ) -> tuple[Tensor, Tensor]:  # the beam that each comes from, and its new token: [B, num_beams]
+        "The best ways to go on, the best first."
+        total = self.total.unsqueeze(-1) + self.gain(logits)  # [B, K, V]
+        length = self.length + ~self.done  # [B, K]
         rank = total / length.unsqueeze(-1) ** self.length_penalty
-        best = rank.flatten(1).topk(min(K, rank[0].numel())).indices  # [B, K]
-        parent, chosen = best // V, best % V
+        best = rank.flatten(1).topk(min(num_beams, rank[0].numel())).indices
+        parent, chosen = best // rank.shape[-1], best % rank.shape[-1]
         self.total = total.flatten(1).gather(1, best)
         self.length = length.gather(1, parent)
-        self.done = self.done.gather(1, parent)
-        if self.eos_id is not None:
-            self.done = self.done | (chosen == self.eos_id)
+        self.done = self.done.gather(1, parent) | (chosen == self.end)
         return parent, chosen
