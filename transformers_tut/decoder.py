@@ -91,14 +91,11 @@ class CrossAttention(nn.Module):
         return_attention: bool = False,  # also return the weights
     ) -> Tensor | tuple[Tensor, Tensor]:  # [B, Tq, E], and if asked for [B, H, Tq, Tk]
         "Attend from every element of `x` to every real element of `context`."
-        B, Tq, _ = check_tensor('x', x, f'[B, Tq, {self.input_dim}]').shape
-        check_tensor('context', context, f'[{B}, Tk, {self.context_dim}]')
+        check_tensor('x', x, f'[B, Tq, {self.input_dim}]')
+        check_tensor('context', context, f'[{len(x)}, Tk, {self.context_dim}]')
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # [B, Tq, H, d]
         q = q.transpose(1, 2)  # [B, H, Tq, d]
-        if cache is None:
-            k, v = self.project(context)
-        else:
-            k, v = cache.across(context, self.project)
+        k, v = self._read(context, cache)  # [B, H, Tk, d] each
         options = dict(key_padding_mask=context_padding_mask)
         options['dropout_p'] = self.dropout if self.training else 0.0
         if return_attention:
@@ -108,11 +105,19 @@ class CrossAttention(nn.Module):
         out = self.o_proj(values.transpose(1, 2).flatten(2))  # [B, Tq, H * d = E]
         return (out, attention) if return_attention else out
 
+    def _read(self, context, cache) -> tuple[Tensor, Tensor]:
+        "Keys and values of the context; a cache computes them once."
+        return self.project(context) if cache is None else cache.across(context, self.project)
+
     def extra_repr(self):
         return f'num_heads={self.num_heads}, dropout={self.dropout}'
 
 # %% ../nbs/06_decoder.ipynb #b4dc8a54
-def _causal(past: int, T: int, device: torch.device) -> dict:
+def _causal(
+    past: int,  # tokens in the cache
+    T: int,  # new tokens
+    device: torch.device,  # where a mask is to be
+) -> dict:  # `is_causal` or `mask` [T, past + T]; nothing where all may be seen
     "What hides later tokens from T new ones, as arguments of attention."
     if past == 0:
         return dict(is_causal=True)
@@ -121,6 +126,21 @@ def _causal(past: int, T: int, device: torch.device) -> dict:
     seen = torch.ones(T, past + T, dtype=torch.bool, device=device)
     return dict(mask=seen.tril(past))
 
+# %% ../nbs/06_decoder.ipynb #check-held
+def _check_held(held: Tensor | None, k: Tensor):
+    "Refuse keys of another model than those in the cache."
+    if held is None:
+        return
+    if (held.shape[1], held.shape[3]) != (k.shape[1], k.shape[3]):
+        raise ValueError(
+            f'cache holds {held.shape[1]} heads of {held.shape[3]} numbers, '
+            f'this model has {k.shape[1]} of {k.shape[3]}'
+        )
+    if (held.dtype, held.device) != (k.dtype, k.device):
+        raise ValueError(
+            f'cache holds {held.dtype} on {held.device}, this model gives {k.dtype} on {k.device}'
+        )
+
 # %% ../nbs/06_decoder.ipynb #033f637b
 class _LayerCache:
     "Keys and values of one layer, [B, H_kv, T, d], and those of the context."
@@ -128,10 +148,14 @@ class _LayerCache:
     keys = values = None
     context = version = across_keys = across_values = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self,
+        k: Tensor,  # keys of new tokens, [B, H_kv, T_new, d]
+        v: Tensor,  # their values, of the same shape
+    ) -> tuple[Tensor, Tensor]:  # [B, H_kv, T, d] each
         "Take the keys and values of new tokens; return those of all."
+        _check_held(self.keys, k)
         if self.keys is not None:
-            self._check(k)
             k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         self.keys, self.values = k, v
         return k, v
@@ -144,19 +168,6 @@ class _LayerCache:
             self.context, self.version = context, version
             self.across_keys, self.across_values = project(context)
         return self.across_keys, self.across_values
-
-    def _check(self, k: Tensor):
-        held = self.keys
-        if (held.shape[1], held.shape[3]) != (k.shape[1], k.shape[3]):
-            raise ValueError(
-                f'cache holds {held.shape[1]} heads of {held.shape[3]} numbers, '
-                f'this model has {k.shape[1]} of {k.shape[3]}'
-            )
-        if (held.dtype, held.device) != (k.dtype, k.device):
-            raise ValueError(
-                f'cache holds {held.dtype} on {held.device}, '
-                f'this model gives {k.dtype} on {k.device}'
-            )
 
 # %% ../nbs/06_decoder.ipynb #fc916203
 class KVCache:
@@ -223,8 +234,12 @@ def _read_real(mask: Tensor, B: int, T: int, device: torch.device) -> Tensor:
     return mask
 
 # %% ../nbs/06_decoder.ipynb #cefd0a67
-def _count(real: Tensor | None, x: Tensor, past: int) -> Tensor:
-    "Positions [B, past + T]: how many real tokens stand before each."
+def _count(
+    real: Tensor | None,  # True = a real token: [B, past + T]; None if all are
+    x: Tensor,  # the new tokens, [B, T, D]
+    past: int,  # tokens in the cache
+) -> Tensor:  # integers [B, past + T], at least 0; for padding it does not matter which
+    "The position of each token: how many real tokens stand before it."
     if real is None:
         B, T, _ = x.shape
         return torch.arange(past + T, device=x.device).expand(B, -1)
@@ -316,8 +331,8 @@ class CausalSelfAttention(MultiheadAttention):
         x: Tensor,  # [B, T, D_in]
     ) -> tuple[Tensor, Tensor, Tensor]:  # q [B, H, T, d], k and v [B, H_kv, T, d]
         "Queries of all heads, and the keys and values that they share."
-        B, T, _ = check_tensor('x', x, f'[B, T, {self.input_dim}]').shape
-        d, G = self.head_dim, self.group
+        check_tensor('x', x, f'[B, T, {self.input_dim}]')
+        (B, T, _), d, G = x.shape, self.head_dim, self.group
         qkv = self.qkv_proj(x).view(B, T, self.num_kv_heads, (G + 2) * d)
         q, k, v = qkv.split([G * d, d, d], dim=-1)
         q = q.reshape(B, T, self.num_heads, d)
@@ -354,6 +369,20 @@ class CausalSelfAttention(MultiheadAttention):
 
     def extra_repr(self):
         return f'{super().extra_repr()}, num_kv_heads={self.num_kv_heads}'
+
+# %% ../nbs/06_decoder.ipynb #check-context
+#| code-fold: true
+def _check_context(cross_attn, context, context_padding_mask):
+    "Refuse a context that nobody reads, and a reader without one."
+    if cross_attn is None and context is not None:
+        raise ValueError('context was given, but the block was built without context_dim')
+    if cross_attn is None and context_padding_mask is not None:
+        raise ValueError('context_padding_mask was given, but there is no context')
+    if cross_attn is not None and context is None:
+        raise ValueError(
+            f'context [B, Tc, {cross_attn.context_dim}] is missing: the block was built '
+            f'with context_dim={cross_attn.context_dim}'
+        )
 
 # %% ../nbs/06_decoder.ipynb #adaf6880
 class DecoderBlock(nn.Module):
@@ -423,20 +452,6 @@ class DecoderBlock(nn.Module):
         h = self.linear_net(self._before(self.norm2, x))
         x = self._after(self.norm2, x + self.dropout(h))
         return (x, self_map, cross_map) if return_attention else x
-
-# %% ../nbs/06_decoder.ipynb #check-context
-#| code-fold: true
-def _check_context(cross_attn, context, context_padding_mask):
-    "Refuse a context that nobody reads, and a reader without one."
-    if cross_attn is None and context is not None:
-        raise ValueError('context was given, but the block was built without context_dim')
-    if cross_attn is None and context_padding_mask is not None:
-        raise ValueError('context_padding_mask was given, but there is no context')
-    if cross_attn is not None and context is None:
-        raise ValueError(
-            f'context [B, Tc, {cross_attn.context_dim}] is missing: the block was built '
-            f'with context_dim={cross_attn.context_dim}'
-        )
 
 # %% ../nbs/06_decoder.ipynb #c941c2d3
 class TransformerDecoder(nn.Module):
