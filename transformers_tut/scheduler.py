@@ -55,9 +55,10 @@ class CosineWarmupScheduler(LRScheduler):
     def get_lr_factor(
         self,
         epoch: float,  # number of steps done, at least 0
-    ) -> float:  # in [0, 1]
+    ) -> float:  # in [0, 1], a number of Python's
         "What the base rates are multiplied by after `epoch` steps."
-        epoch = check_number('epoch', epoch, 0)
+        check_number('epoch', epoch, 0)
+        epoch = float(epoch)  # of NumPy's, too
         if epoch >= self.max_iters:
             return 0.0
         factor = 0.5 * (1 + math.cos(math.pi * epoch / self.max_iters))
