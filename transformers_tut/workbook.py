@@ -150,6 +150,44 @@ def _is_plumbing(source: str) -> bool:
     found, _ = _directives(source)
     return found.get('code-fold') == ['true'] or bool({'hide', 'export'} & set(found))
 
+# %% ../nbs/80_workbook.ipynb #workbook-labels
+_KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation'}
+
+
+def _numbers(lesson: dict) -> dict:
+    "What Quarto would call each figure, table and equation: {label: 'Figure 1'}."
+    found, counts = {}, dict.fromkeys(_KINDS, 0)
+    for cell in lesson['cells']:
+        pattern = r'^#\| label: ([\w-]+)' if cell['cell_type'] == 'code' else r'\{#([\w-]+)\}'
+        for label in re.findall(pattern, cell['source'], re.M):
+            kind = label.partition('-')[0]
+            if kind in _KINDS:
+                counts[kind] += 1
+                found[label] = f'{_KINDS[kind]} {counts[kind]}'
+    return found
+
+
+def _readable(text: str, numbers: dict) -> str:
+    "Markdown without Quarto's labels and references."
+    text = re.sub(r'\[([^]]+)\]\(#[\w-]+\)', r'\1', text)  # Jupyter has no such anchors
+    text = re.sub(r'(\.ipynb)#[\w-]+', r'\1', text)
+    text = re.sub(
+        r'[ \t]*\{#(\w+-[\w-]+)\}', lambda m: f' ({numbers[m[1]]})' if m[1] in numbers else '', text
+    )
+    return re.sub(r'@((?:fig|tbl|eq)-[\w-]+)', lambda m: numbers.get(m[1], m[0]), text)
+
+
+def _caption(source: str, numbers: dict) -> str:
+    "What stands below a figure or table; nothing for other cells."
+    found, _ = _directives(source)
+    number = numbers.get(found.get('label', [''])[0])
+    captions = found.get('fig-cap', []) + found.get('tbl-cap', [])
+    return (
+        f'**{number}.** {_readable(json.loads(captions[0]), numbers)}'
+        if number and captions
+        else ''
+    )
+
 # %% ../nbs/80_workbook.ipynb #workbook-make-export
 def _make_workbook(
     lesson: dict,  # a notebook
@@ -159,12 +197,11 @@ def _make_workbook(
     exercises = _find_exercises(lesson)
     at = {e.cell: e for e in exercises}
     behind = {i: e for e in exercises for i in range(e.cell + 1, e.last + 1)}
-    cells = []
+    cells, numbers = [], _numbers(lesson)
     for i, cell in enumerate(lesson['cells']):
         name, source = cell['id'], cell['source']
         if cell['cell_type'] != 'code':
-            text = re.sub(r'[ \t]*\{#[\w-]+\}', '', source)  # Quarto's labels
-            cells.append(_new_cell('markdown', name, text))
+            cells.append(_new_cell('markdown', name, _readable(source, numbers)))
         elif i in at:
             count = f'{exercises.index(at[i]) + 1} of {len(exercises)}'
             cells.append(_new_cell('markdown', f'{name}-task', _task(at[i], count)))
@@ -178,6 +215,8 @@ def _make_workbook(
             magic = f'%%check {behind[i].name}\n' if i in behind else ''
             folded = _FOLDED if _is_plumbing(source) else {}
             cells.append(_new_cell('code', name, magic + plain, **folded))
+            if caption := _caption(source, numbers):
+                cells.append(_new_cell('markdown', f'{name}-caption', caption))
         if i in behind and i == behind[i].last and not solutions:
             cells.append(_solution(behind[i], f'{name}-solution'))
     title, _, rest = cells[0]['source'].partition('\n')
@@ -306,10 +345,9 @@ def _linked(text: str, elsewhere: str, names) -> str:
 
     def link(match):
         target = match[1]
-        here = target.partition('#')[0] in names or re.match('[a-z]+:|[/#]', target)
-        return match[0] if here else f']({elsewhere}/{target})'
+        return match[0] if target in names else f']({elsewhere}/{target})'
 
-    return re.sub(r'\]\(([^)\s]+)\)', link, text)
+    return re.sub(r'\]\(([\w./#-]+\.\w+)\)', link, text)
 
 # %% ../nbs/80_workbook.ipynb #workbook-make-all
 def _make_workbooks(
