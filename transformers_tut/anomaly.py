@@ -100,10 +100,12 @@ def draw_sets(
 
 # %% ../nbs/13_anomaly.ipynb #13h8real
 def _as_real(
-    real,  # what was given
+    real,  # what was given; None: no padding
     features: Tensor,  # [B, S, D]
 ) -> Tensor:  # boolean [B, S]
     "Accept a mask of sets: True = an element, False = padding."
+    if real is None:
+        return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     real = _as_boolean('real', real, features.device)
     if real.shape != features.shape[:2]:
         raise ValueError(
@@ -118,10 +120,8 @@ def centroid_rule(
 ) -> Tensor:  # [B, S], cosine distance from 0 to 2, -inf for padding
     "How far each element points away from the mean of the others."
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    if real is None:
-        real = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     real = _as_real(real, features)
-    features = features * real[..., None]
+    features = features.masked_fill(~real[..., None], 0)
     others = features.sum(1, keepdim=True) - features  # of any length: only angles count
     distance = 1 - F.cosine_similarity(features, others, dim=-1)
     return distance.masked_fill(~real, -torch.inf)
@@ -141,15 +141,19 @@ def set_accuracy(
         right += (found == odd).sum().item()
     return right / len(sets)
 
+# %% ../nbs/13_anomaly.ipynb #13c3rate
+def _check_rate(rate):
+    if not 0 <= check_number('rate', rate) <= 1:
+        raise ValueError(f'rate must be from 0 to 1, got {rate}')
+
 # %% ../nbs/13_anomaly.ipynb #f9dd2065
 def wilson_interval(
     rate: float,  # share of successes, 0 to 1
     n: int,  # how many trials
 ) -> tuple[float, float]:  # from, to
     "The 95 % confidence interval of a rate (Wilson's)."
-    rate, n = check_number('rate', rate), check_int('n', n)
-    if not 0 <= rate <= 1:
-        raise ValueError(f'rate must be from 0 to 1, got {rate}')
+    _check_rate(rate)
+    check_int('n', n)
     z2 = 1.96**2
     middle = rate + z2 / (2 * n)
     half = (z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) ** 0.5
@@ -165,6 +169,15 @@ def _as_input(
     check_tensor('features', features, f'[B, S, {model.hparams.input_dim}]')
     return features.to(next(model.parameters()).dtype)
 
+# %% ../nbs/13_anomaly.ipynb #13h6outputs
+def _check_outputs(
+    model: Classifier,  # of sets
+):
+    "Accept a model with one output for each element, its oddness."
+    outputs = model.hparams.num_classes
+    if outputs != 1:
+        raise ValueError(f'num_classes must be 1, the oddness of an element, got {outputs}')
+
 # %% ../nbs/13_anomaly.ipynb #f938b252
 class AnomalyPredictor(TransformerPredictor):
     "Says for each element of a set how odd it is."
@@ -175,10 +188,8 @@ class AnomalyPredictor(TransformerPredictor):
         real: Tensor | None = None,  # True = an element, False = padding: [B, S]
     ) -> Tensor:  # [B, S], -inf for padding
         "One logit for each element; their softmax is the probability of being the odd one."
-        outputs = self.hparams.num_classes
-        if outputs != 1:
-            raise ValueError(f'num_classes must be 1, the oddness of an element, got {outputs}')
-        features = _as_input(self, features)
+        _check_outputs(self)
+        check_tensor('features', features, f'[B, S, {self.hparams.input_dim}]')
         logits = self(features, add_positional_encoding=False, key_padding_mask=real)
         logits = logits.squeeze(-1)  # [B, S]
         return logits if real is None else logits.masked_fill(real == 0, -torch.inf)
@@ -270,13 +281,12 @@ class DeepSets(Classifier):
     ) -> Tensor:  # [B, S], -inf for padding
         "One logit for each element."
         x = self.input_net(_as_input(self, features))
-        real = None if real is None else _as_real(real, features)
-        weight = torch.ones_like(x[..., :1]) if real is None else real[..., None].to(x)
+        real = _as_real(real, features)
+        weight = real[..., None]  # [B, S, 1]
         for layer in self.layers:
             mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             x = x + layer(torch.cat([x, mean.expand_as(x)], -1))
-        logits = self.output_net(x).squeeze(-1)  # [B, S]
-        return logits if real is None else logits.masked_fill(~real, -torch.inf)
+        return self.output_net(x).squeeze(-1).masked_fill(~real, -torch.inf)  # [B, S]
 
     def logits_and_targets(
         self,
