@@ -207,7 +207,9 @@ def measure(path):
             with capture_output() as said:
                 success = shell.run_cell(cell['source']).success
             if not success:
-                sys.exit(f'{path.name}: a cell of the workbook fails\n{said.stdout}')
+                sys.exit(
+                    f'{path.name}: a cell of its workbook fails\n{cell["source"]}\n{said.stdout}'
+                )
     return rows
 
 

@@ -26,11 +26,11 @@ def _directives(source: str) -> tuple[dict, str]:
 
 
 def _definition(source: str):
-    "The one function or class that a cell defines."
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    defined = [node for node in ast.parse(source).body if isinstance(node, kinds)]
-    if len(defined) != 1:
-        raise ValueError(f'an exercise must define one function or class, not {len(defined)}')
+    "The one function or class that a cell defines, at its end."
+    kinds, body = (ast.FunctionDef, ast.ClassDef), ast.parse(source).body
+    defined = [node for node in body if isinstance(node, kinds)]
+    if len(defined) != 1 or body[-1] is not defined[0]:
+        raise ValueError(f'an exercise must end with the one thing it defines, got {source!r}')
     return defined[0]
 
 # %% ../nbs/80_workbook.ipynb #workbook-Exercise
