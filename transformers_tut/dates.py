@@ -176,9 +176,9 @@ class DateDataset(Dataset):
         clear = torch.tensor([_is_clear(*self.drawn[i]) for i in indices])
         return encode_texts(texts), encode_texts(isos), clear
 
-# %% ../nbs/14_dates.ipynb #model
-class DateReader(Classifier):
-    "Reads a date in any format and writes it as ISO has it."
+# %% ../nbs/14_dates.ipynb #network
+class _Translator(Classifier):
+    "An encoder that reads a text, and a decoder that looks at it and writes another."
 
     def __init__(
         self,
@@ -241,6 +241,18 @@ class DateReader(Classifier):
             return self.output(x[0]), x[2]
         return self.output(x)
 
+# %% ../nbs/14_dates.ipynb #shifted
+def _shifted(
+    iso: Tensor,  # the right dates, token ids [B, 10]
+) -> Tensor:  # what the decoder is given, [B, 10]
+    "Moved by one place, with the beginning in front."
+    begin = torch.full_like(iso[:, :1], _BEGIN)
+    return torch.cat([begin, iso[:, :-1]], 1)
+
+# %% ../nbs/14_dates.ipynb #model
+class DateReader(_Translator):
+    "Reads a date in any format and writes it as ISO has it."
+
     def taught(
         self,
         text: Tensor,  # token ids [B, Tc]
@@ -248,10 +260,7 @@ class DateReader(Classifier):
         **options,  # of `forward`
     ) -> Tensor:  # logits [B, 10, V]
         "What it says at each place if all places before are right."
-        iso = iso.to(self.device)
-        begin = torch.full_like(iso[:, :1], _BEGIN)
-        written = torch.cat([begin, iso[:, :-1]], 1)  # [B, 10]
-        return self(written, **self.read(text), **options)
+        return self(_shifted(iso.to(self.device)), **self.read(text), **options)
 
     @torch.no_grad()
     def write(
