@@ -208,7 +208,7 @@ def _make_workbook(
             written = at[i].source if solutions else _make_stub(at[i])
             cells.append(_new_cell('code', name, written))
         elif 'answer' in cell['metadata'].get('tags', []) and not solutions:
-            answer = _fold('Answer', f'```python\n{_plain(source)}\n```')
+            answer = _fold('Answer', f'```python\n{_directives(source)[1]}\n```')
             cells.append(_new_cell('code', name, '# Your answer'))
             cells.append(_new_cell('markdown', f'{name}-answer', answer))
         elif plain := _plain(source):
