@@ -12,7 +12,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     "Each notebook may run anywhere; the tests of another file stay together, for they share runs"
+    alone = ('test_notebooks.py', 'test_exercises.py')
     shared = config.pluginmanager.hasplugin('xdist')
     for item in items:
-        if shared and item.path.name != 'test_notebooks.py':
+        if shared and item.path.name not in alone:
             item.add_marker(pytest.mark.xdist_group(Path(item.path).stem))
