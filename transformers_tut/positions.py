@@ -48,6 +48,11 @@ def _once(index: Tensor) -> Tensor:
     return index[:1] if index.stride(0) == 0 else index
 
 
+def _widest(device: torch.device) -> torch.dtype:
+    "The widest floating type that a device has."
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 def _distance(query_index: Tensor, key_index: Tensor) -> Tensor:
     "How far each key lies behind each query, [B or 1, Tq, Tk]."
     _check_index('query_index', query_index)
@@ -123,6 +128,17 @@ class Learned(Positions):
     def extra_repr(self):
         return f'{self.model_dim}, max_len={self.max_len}'
 
+# %% ../nbs/07_positions.ipynb #rotary-angles
+def _angles(
+    index: Tensor,  # positions, integers [B, T]
+    head_dim: int,  # d, even
+    base: float,  # 10000 in the paper
+) -> Tensor:  # [B, T, d / 2], in the widest type that there is
+    "By how much each pair is turned at each position."
+    wide = _widest(index.device)
+    even = torch.arange(0, head_dim, 2, dtype=wide, device=index.device)
+    return index.unsqueeze(-1) * base ** (-even / head_dim)
+
 # %% ../nbs/07_positions.ipynb #83b22d26
 class Rotary(Positions):
     "Turns pair i of q_p and k_p by the angle p * base ** (-2i / d) (Su et al. 2021, equation 34)."
@@ -158,12 +174,13 @@ class Rotary(Positions):
     def extra_repr(self):
         return f'{self.head_dim}, base={self.base:g}'
 
-
-def _angles(index: Tensor, head_dim: int, base: float) -> Tensor:
-    "By how much each pair is turned at each position, [B, T, d / 2]."
-    wide = torch.float32 if index.device.type == 'mps' else torch.float64
-    even = torch.arange(0, head_dim, 2, dtype=wide, device=index.device)
-    return index.unsqueeze(-1).to(wide) * base ** (-even / head_dim)
+# %% ../nbs/07_positions.ipynb #alibi-slopes-code
+def _slopes(H: int) -> list[float]:
+    "Slopes of H heads; those missing to a power of two lie between the others."
+    power = 2 ** (H.bit_length() - 1)  # the largest power of two up to H
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    between = [2 ** (-4 * h / power) for h in range(1, 2 * power, 2)]
+    return slopes + between[: H - power]
 
 # %% ../nbs/07_positions.ipynb #af192489
 class ALiBi(Positions):
@@ -193,14 +210,6 @@ class ALiBi(Positions):
 
     def extra_repr(self):
         return f'num_heads={self.num_heads}'
-
-
-def _slopes(H: int) -> list[float]:
-    "Slopes of H heads; those missing to a power of two lie between the others."
-    power = 2 ** (H.bit_length() - 1)  # the largest power of two up to H
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    between = [2 ** (-4 * h / power) for h in range(1, 2 * power, 2)]
-    return slopes + between[: H - power]
 
 # %% ../nbs/07_positions.ipynb #19d89830
 class RelativeBias(Positions):
@@ -236,7 +245,7 @@ class RelativeBias(Positions):
         "The smallest distance in each bucket."
         half = self.num_buckets // 2
         ratio = self.max_distance / half
-        wide = [half * ratio ** (b / half) for b in range(half)]
+        wide = [half * ratio ** (j / half) for j in range(half)]
         return [*range(half), *(math.ceil(round(start, 9)) for start in wide)]
 
     def bucket(
@@ -289,6 +298,21 @@ def make_positions(
         raise ValueError(f'kind must be one of {", ".join(kinds)}, got {kind!r}')
     return kinds[kind]()
 
+# %% ../nbs/07_positions.ipynb #randomised-refuses
+def _check_drawn(index: Tensor, draw_from: int):
+    "Refuse positions that cannot be drawn: those of a cache, and more than there are."
+    _check_index('index', index)
+    low, high = index.aminmax()
+    if low > 0:
+        raise ValueError(
+            'positions are drawn anew in each forward pass of training, and those '
+            'in the cache are gone: call model.eval() before you use a cache'
+        )
+    if high >= draw_from:
+        raise ValueError(
+            f'sequences of {high.item() + 1} tokens are longer than draw_from={draw_from}'
+        )
+
 # %% ../nbs/07_positions.ipynb #randomised
 class Randomised(Positions):
     "Position p becomes r_p, r a sorted draw from 0 .. L - 1 (Ruoss et al. 2023, section 3)."
@@ -335,23 +359,17 @@ class Randomised(Positions):
         "As the kind inside, at the positions drawn."
         return self.positions.bias(self._at(query_index), self._at(key_index))
 
-    def _draw(self, index: Tensor) -> Tensor:
+    def _draw(
+        self,
+        index: Tensor,  # positions, integers [B, T]
+    ) -> Tensor:  # r, integers [T]
         "A sorted draw, without repetition, of as many positions as there are."
-        _check_index('index', index)
-        low, high = index.aminmax()
-        if low > 0:
-            raise ValueError(
-                'positions are drawn anew in each forward pass of training, and those '
-                'in the cache are gone: call model.eval() before you use a cache'
-            )
-        if high >= self.draw_from:
-            raise ValueError(
-                f'sequences of {high.item() + 1} tokens are longer than draw_from={self.draw_from}'
-            )
+        _check_drawn(index, self.draw_from)
         order = torch.randperm(self.draw_from, device=index.device)
-        return order[: high + 1].sort().values
+        return order[: index.max() + 1].sort().values
 
     def _at(self, index: Tensor) -> Tensor:
+        "The positions drawn for these; in evaluation, these."
         if self._drawn is None or not self.training:
             return index
         rows = self._drawn[_once(index)]  # [B or 1, T]
