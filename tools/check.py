@@ -225,6 +225,17 @@ def check_house(page, numbers):
             yield f'{cell.where}: {number}_{name} must not import {other}_{module}'
 
 
+def check_imports(page):
+    "To make the site of a module, nbdev runs each cell with an import, and all else in it"
+    for cell in page.cells if page.path.stem != 'index' else []:
+        shown = cell.kind == 'code' and not cell.directives.keys() & {'export', 'exports', 'eval'}
+        if not shown or re.search(r'^[!%]|nbdev_export\(\)', cell.source, re.M):
+            continue
+        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(cell.source).body}
+        if kinds == {True, False}:
+            yield f'{cell.where}: imports and other code; give the imports a cell of their own'
+
+
 def definitions(page):
     "Each exported cell with the public functions and classes that it defines"
     for cell in page.cells:
@@ -266,6 +277,7 @@ def run():
             yield from check_directives(page)
             yield from check_mentions(page, citations)
             yield from check_house(page, numbers)
+            yield from check_imports(page)
             yield from check_exports(page, names)
 
 
