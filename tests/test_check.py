@@ -143,6 +143,7 @@ PLANTED = [  # file, what stands there, what is put in its place, what the probl
         'imports and other code; give the imports a cell of their own',
     ),
     (FIRST, 'return hammer', 'return hammer\ndef two(): pass', 'defines one and two'),
+    (FIRST, '[below]', '[the `hammer` below]', 'write hammer without backticks in the text of a'),
     (FIRST, 'a hammer', 'a `hammer`', 'write hammer without backticks in a comment'),
     (FIRST, '#| exports\n', '#| exports\n' + 'import os\n' * 4, 'imports before the idea'),
 ]

@@ -245,6 +245,14 @@ def definitions(page):
             yield (cell, [n.name for n in nodes if isinstance(n, kinds) and n.name[0] != '_'])
 
 
+def check_linked_names(page, names):
+    "nbdev makes a link of a name in backticks, and one link cannot stand in another"
+    for cell in page.cells:
+        for name in re.findall(r'\[[^]\n]*`(\w+)`[^]\n]*\]\(', FENCED.sub('', cell.source)):
+            if cell.kind == 'markdown' and name in names:
+                yield f'{cell.where}: write {name} without backticks in the text of a link'
+
+
 def check_exports(page, names):
     "The site documents the first definition of a cell, and makes links of names in backticks"
     for cell, public in definitions(page):
@@ -279,6 +287,7 @@ def run():
             yield from check_house(page, numbers)
             yield from check_imports(page)
             yield from check_exports(page, names)
+            yield from check_linked_names(page, names)
 
 
 def main():
