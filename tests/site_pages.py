@@ -96,10 +96,12 @@ def output_markdown(output, options, folder):
             path = folder / f'{len(list(folder.iterdir()))}.{ending}'
             raw = data[kind].encode() if ending == 'svg' else b64decode(data[kind])
             path.write_bytes(raw)
+            size = output.metadata.get(kind, {})
+            width = f' width={size["width"]}' if 'width' in size else ''
             label = f'#{options["label"]} ' if 'label' in options else ''
             alt = html.escape(options.get('fig-alt', ''))
             caption = options.get('fig-cap', '')
-            text = f'![{caption}]({folder.name}/{path.name}){{{label}alt="{alt}"}}\n'
+            text = f'![{caption}]({folder.name}/{path.name}){{{label}alt="{alt}"{width}}}\n'
             return div(text, '.cell-output .cell-output-display')
     if 'text/markdown' in data:
         return ''.join(data['text/markdown']) + '\n\n'

@@ -13,6 +13,7 @@ import yaml
 from bs4 import BeautifulSoup
 from matplotlib.colors import to_rgb
 from nbdev.showdoc import BasicMarkdownRenderer
+from PIL import Image
 from site_pages import BROWSER, ROOT, STYLES, dressed, look, make_pages
 from test_viewer import luminance
 
@@ -64,14 +65,19 @@ def faults(name, text, pages, made):
     page = BeautifulSoup(text, 'html.parser')
     for link in page('a', href=True):
         yield link_fault(name, link['href'], pages, made)
+    size = len(text)
     for image in page('img'):
         yield None if image.get('alt') else f'{image} has no alternative text'
         yield link_fault(name, image['src'], {}, made)
+        path = made / image['src']
+        if path.is_file():
+            size += path.stat().st_size
+            if path.suffix == '.png' and Image.open(path).width < 1.5 * int(image['width']):
+                yield f'{image} is blurred on sharp screens'
+    yield f'{size / 1e6:.1f} MB' if size > HEAVIEST else None
+    yield 'a badge is a figure' if page.select('figure a img') else None
     for frame in page('iframe'):
         yield None if frame.get('title') else f'{frame} has no title'
-    images = [made / image['src'] for image in page('img')]
-    size = len(text) + sum(path.stat().st_size for path in images if path.is_file())
-    yield f'{size / 1e6:.1f} MB' if size > HEAVIEST else None
 
     for folded in page.select('details:not([open])'):
         folded.clear()
@@ -98,6 +104,8 @@ PLANTED = [  # what stands on a page, and the fault
     (f'<a href="{SITE["repo-url"]}/blob/main/LICENSE#L999">x</a>', 'is not in the repository'),
     ('<img src="images/x.png" alt="x">', 'images/x.png leads nowhere'),
     ('<img src="images/logo.svg" alt="">', 'has no alternative text'),
+    ('<figure><a href="#"><img src="images/logo.svg" alt="x"></a></figure>', 'badge is a figure'),
+    ('<img src="images/readme_1.png" alt="x" width="1005">', 'is blurred on sharp screens'),
     ('<iframe srcdoc=""></iframe>', 'has no title'),
     ('<p>{{&lt; meta x &gt;}}</p>', 'raw Markdown'),
     ('<p>[<code>Mean</code>](training.html)</p>', 'raw Markdown'),
@@ -153,6 +161,8 @@ def test_signatures_keep_the_star_before_arguments_by_name(pages):
     shown = pages['00_attention'].partition(signature)[2].partition('</pre>')[0]
     assert '    *, key_padding_mask' in shown
     assert '*, ' not in str(BasicMarkdownRenderer(scaled_dot_product).dm)  # nbdev's own lack it
+    workflow = (ROOT / '.github/workflows/docs.yml').read_text()
+    assert 'PYTHONPATH=. nbdev_docs' in workflow  # where tools/signatures.py is
 
 
 # Letters of figures
@@ -212,16 +222,18 @@ def seen(pages, folder):
     (made / 'wrong.html').write_text(dressed(WRONG), encoding='utf-8')
     unstyled = (made / '00_attention.html').read_text(encoding='utf-8').replace(STYLES, '')
     (made / 'unstyled.html').write_text(unstyled, encoding='utf-8')
-    names = [*pages, 'wrong', 'unstyled']
+    chips = dressed('<p><a href="#"><code>name</code></a></p>', scss='')
+    (made / 'undarkened.html').write_text(chips, encoding='utf-8')
+    names = [*pages, 'wrong', 'unstyled', 'undarkened']
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda part: look(made, part), [names[::2], names[1::2]])
     return first | second
 
 
 @pytest.fixture(scope='module')
-def reports(seen):
+def reports(seen, pages):
     "Those of the pages alone"
-    return {name: report for name, report in seen.items() if name not in ('wrong', 'unstyled')}
+    return {name: seen[name] for name in pages}
 
 
 def test_nothing_is_wider_than_a_phone(reports, seen):
@@ -251,6 +263,7 @@ def test_axe_finds_nothing_serious(theme, reports, seen):
     assert rules >= {'color-contrast'} | (more if theme == 'light' else set())
     hard_to_read = 'pale' if theme == 'light' else 'dark'
     assert hard_to_read in ''.join(seen['wrong'][theme])
+    assert len(seen['undarkened'][theme]) == (theme == 'dark')
 
 
 def test_pages_end_somewhere(reports, seen):
