@@ -8,7 +8,9 @@ async function check(page, options, except = "script") {
   const script = page.createElement("script");
   script.textContent = AXE;
   page.head.append(script);
-  const found = seriously(await page.defaultView.axe.run({ include: page, exclude: except }, { iframes: false, resultTypes: ["violations"], selectors: false, ...options }));
+  const fast = { iframes: false, resultTypes: ["violations"], selectors: false };
+  const { axe } = page.defaultView;
+  const found = seriously(await axe.run({ include: page, exclude: except }, { ...fast, ...options }));
   for (const inner of page.querySelectorAll("iframe"))
     found.push(...await check(inner.contentDocument, options, except));
   return found;
@@ -27,6 +29,7 @@ async function look(name) {
   report.blocks = blocks.length;
   report.scrolling = blocks.filter((block) => block.scrollWidth > block.clientWidth)
     .map((block) => block.textContent);
+  // the colours of code are Quarto's
   const contrast = { runOnly: ["color-contrast"] };
   report.light = await check(page, { rules: { "color-contrast": { enabled: false } } });
   report.light.push(...await check(page, contrast, "pre"));

@@ -65,7 +65,8 @@ def processed(folder):
     shutil.copytree(ROOT / 'tools', folder / 'tools')
     make = 'from nbdev.serve import proc_nbs\nif __name__ == "__main__": proc_nbs(n_workers=2)'
     (folder / 'make.py').write_text(make)
-    subprocess.run([sys.executable, 'make.py'], cwd=folder, check=True, capture_output=True)
+    run = subprocess.run([sys.executable, 'make.py'], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     return folder / '_proc'
 
 
