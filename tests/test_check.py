@@ -136,7 +136,14 @@ PLANTED = [  # file, what stands there, what is put in its place, what the probl
     (FIRST, 'default_exp first', 'default_exp last', "module it is named after, found ['last']"),
     (FIRST, 'tut.tools', 'tut.second', '00_first must not import 01_second'),
     ('nbs/90_tools.ipynb', 'import math', 'from transformers_tut import first', 'import 00_first'),
+    (
+        'nbs/01_second.ipynb',
+        'import hand',
+        'import hand\nhand()',
+        'imports and other code; give the imports a cell of their own',
+    ),
     (FIRST, 'return hammer', 'return hammer\ndef two(): pass', 'defines one and two'),
+    (FIRST, '[below]', '[the `hammer` below]', 'write hammer without backticks in the text of a'),
     (FIRST, 'a hammer', 'a `hammer`', 'write hammer without backticks in a comment'),
     (FIRST, '#| exports\n', '#| exports\n' + 'import os\n' * 4, 'imports before the idea'),
 ]

@@ -244,6 +244,17 @@ def check_answers(page):
                 yield f'{cell.where}: behind it there must be a folded cell tagged "answer"'
 
 
+def check_imports(page):
+    "To make the site of a module, nbdev runs each cell with an import, and all else in it"
+    for cell in page.cells if page.path.stem != 'index' else []:
+        shown = cell.kind == 'code' and not cell.directives.keys() & {'export', 'exports', 'eval'}
+        if not shown or re.search(r'^[!%]|nbdev_export\(\)', cell.source, re.M):
+            continue
+        kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(cell.source).body}
+        if kinds == {True, False}:
+            yield f'{cell.where}: imports and other code; give the imports a cell of their own'
+
+
 def definitions(page):
     "Each exported cell with the public functions and classes that it defines"
     for cell in page.cells:
@@ -251,6 +262,14 @@ def definitions(page):
             nodes = ast.parse(cell.source).body
             kinds = (ast.FunctionDef, ast.ClassDef)
             yield (cell, [n.name for n in nodes if isinstance(n, kinds) and n.name[0] != '_'])
+
+
+def check_linked_names(page, names):
+    "nbdev makes a link of a name in backticks, and one link cannot stand in another"
+    for cell in page.cells:
+        for name in re.findall(r'\[[^]\n]*`(\w+)`[^]\n]*\]\(', FENCED.sub('', cell.source)):
+            if cell.kind == 'markdown' and name in names:
+                yield f'{cell.where}: write {name} without backticks in the text of a link'
 
 
 def check_exports(page, names):
@@ -285,8 +304,10 @@ def run():
             yield from check_directives(page)
             yield from check_mentions(page, citations)
             yield from check_house(page, numbers)
+            yield from check_imports(page)
             yield from check_exports(page, names)
             yield from check_answers(page)
+            yield from check_linked_names(page, names)
 
 
 def main():
