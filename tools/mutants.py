@@ -12,7 +12,9 @@ import difflib
 import json
 import os
 import signal
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -220,21 +222,29 @@ def difference(exercise, mutant):
     return '\n'.join(line for line in lines if line[0] in '+-' and line[:3] not in ('+++', '---'))
 
 
+def measure_apart(path):
+    "The same, in a process of its own"
+    command = [sys.executable, __file__, path]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{')]
+
+
 def main():
     about, details = __doc__.split('\n\n', 1)
     parser = argparse.ArgumentParser(description=about, epilog=details)
-    parser.add_argument('lesson', nargs='*', help='notebooks; print their rows instead')
-    lessons = [Path(name).resolve() for name in parser.parse_args().lesson]
-    os.environ |= {'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1'}  # threads do not survive a fork
+    parser.add_argument('lesson', nargs='?', help='a notebook; print its rows instead')
+    lesson = parser.parse_args().lesson
+    path = lesson and Path(lesson).resolve()
+    # threads do not survive a fork
+    os.environ |= {'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1', 'TUT_STUDIES': 'anew'}
     os.chdir(NBS)
-    if lessons:
-        for path in lessons:
-            for row in measure(path):
-                print(json.dumps(row))
+    if path:
+        for row in measure(path):
+            print(json.dumps(row))
         return
-    os.environ['TUT_STUDIES'] = 'anew'
-    paths = sorted(NBS.glob('[01]*.ipynb'))
-    make_study('exercises', lambda: [row for path in paths for row in measure(path)])
+    lessons = sorted(NBS.glob('[01]*.ipynb'))
+    with ThreadPoolExecutor(2) as pool:
+        make_study('exercises', lambda: sum(pool.map(measure_apart, lessons), []))
 
 
 if __name__ == '__main__':
