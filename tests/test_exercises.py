@@ -1,6 +1,8 @@
 """Exercises are as good as their checks: stubs fail, solutions pass, and mistakes are caught."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +66,22 @@ def test_a_weak_check_shows(check, caught, words, tmp_path):
     rows, said = measure(tmp_path / 'toy.ipynb')
     assert [row['caught'] for row in rows] == ([] if caught is None else [caught])
     assert words in said
+
+
+def bound(source):
+    "The names that a cell binds"
+    for node in ast.parse(re.sub('^[!%].*', '', source, flags=re.M)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        else:
+            parts = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+            yield from (part.id for part in parts if isinstance(part.ctx, ast.Store))
+
+
+@pytest.mark.parametrize('lesson', LESSONS, ids=lambda path: path.stem)
+def test_no_later_cell_takes_the_name_of_an_exercise(lesson):
+    cells = _read(lesson)['cells']
+    for exercise in _find_exercises({'cells': cells}):
+        for cell in cells[exercise.cell + 1 :]:
+            if cell['cell_type'] == 'code' and 'answer' not in cell['metadata'].get('tags', []):
+                assert exercise.name not in bound(cell['source']), cell['source']

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from nbclient import NotebookClient
 
 from transformers_tut.workbook import write_workbooks
@@ -44,13 +46,15 @@ def test_the_command_writes_all_lessons_and_touches_nothing_later(tmp_path):
         (['no_such_lesson'], 2, 'there are 00_attention, 01_encoder'),
         (['20'], 2, 'there are no exercises in 20_speed.ipynb'),
         (['/dev/null'], 2, 'no lesson'),
-        (['README.md'], 2, 'README.md is not a notebook'),
+        (['lessons/README.md'], 2, 'README.md is not a notebook'),
         (['02', '--out-dir', 'README.md'], 1, 'README.md'),
         (['--solution'], 2, 'solutions'),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(options, status, words, tmp_path):
-    (tmp_path / 'README.md').write_text('# no notebook')
+    (tmp_path / 'lessons').mkdir()
+    for name in ('README.md', 'lessons/README.md'):
+        (tmp_path / name).write_text('# no notebook')
     run = command(*options, cwd=tmp_path)
     assert (run.returncode, 'Traceback' in run.stderr) == (status, False), run.stderr
     assert words in run.stdout + run.stderr
@@ -84,3 +88,66 @@ def test_a_workbook_runs_to_its_end_whatever_is_written(solutions, tmp_path):
     n = len(exercises)
     assert total == f'{n if solutions else 0} of {n} exercises pass'
     assert {line[0] for line in exercises} == {'✓' if solutions else '✗'}
+
+
+# The magics, in a shell
+
+
+@pytest.fixture
+def run():
+    "A function that runs cells in a new shell: what the last one printed"
+    shell = InteractiveShell()
+
+    def run(*cells):
+        for cell in ['%load_ext transformers_tut.workbook', *cells]:
+            with capture_output() as said:
+                shell.run_cell(cell)
+        return said.stdout
+
+    run.names = shell.user_ns
+    return run
+
+
+RIGHT, WRONG = 'def double(x):\n    return 2 * x', 'def double(x):\n    return x'
+SHOW, TEST = '%%check double 1/2\ny = double(3)', '%%check double 2/2\nassert y == 6'
+SOLUTION, PASSED = f'%%solution double\n{RIGHT}', '%passed double'
+
+
+def test_all_checks_must_have_run(run):
+    assert '✗' in run(RIGHT, SHOW, PASSED)
+    assert '✓' in run(TEST, PASSED)
+    assert '✗' in run(WRONG, PASSED)  # written anew, and not checked
+    assert 'does not pass' in run(SOLUTION)
+
+
+def test_a_check_below_a_failure_says_that_it_was_not_run(run):
+    assert 'not run' in run('def double(x):\n    return two * x', SHOW, TEST)
+    assert '✓' in run('two = 2', SHOW, TEST, PASSED)  # nothing but a helper was missing
+
+
+def test_a_check_that_the_learner_changed_runs(run):
+    assert run(WRONG, SHOW, TEST, '%%check double 2/2\nprint(y)') == '3\n'
+
+
+def test_the_lessons_own_goes_on_and_never_counts_as_the_learners(run):
+    assert 'does not pass' in run(WRONG, 'other = 1', SHOW, TEST, 'other = 2', SOLUTION)
+    assert (run.names['y'], run.names['other'], run.names['double'](1)) == (6, 2, 2)
+    assert '✗' in run(SHOW, TEST, PASSED)
+    assert run.names['double'](1) == 2
+    assert 'passes' in run(RIGHT, SHOW, TEST, SOLUTION)
+
+
+def test_what_a_definition_did_to_its_input_is_undone(run):
+    spoil = 'def double(x):\n    x += 2\n    return x'
+    show = '%%check double 1/2\ny = double(t).sum()'
+    run('import torch\nt = torch.ones(3)', spoil, show, TEST, SOLUTION)
+    assert run.names['t'].tolist() == [1, 1, 1] and run.names['y'] == 6
+
+
+def test_a_solution_asked_for_first_leaves_the_learners_to_be_checked(run):
+    assert '✓' in run(RIGHT, SOLUTION, SHOW, TEST, PASSED)
+
+
+def test_workbooks_stay_out_of_the_lessons_folder(tmp_path):
+    refused = command('--out-dir', str(ROOT / 'nbs' / 'mine'), cwd=tmp_path)
+    assert refused.returncode == 2 and 'must be outside' in refused.stderr

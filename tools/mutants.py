@@ -22,11 +22,12 @@ from IPython.utils.capture import capture_output
 
 from transformers_tut.files import make_study
 from transformers_tut.workbook import (
+    _checks,
     _find_exercises,
     _functions,
     _make_stub,
     _make_workbook,
-    _own,
+    _parts,
     _plain,
     _read,
 )
@@ -141,7 +142,7 @@ def mutants(exercise):
             which = 0
             while True:
                 changed = copy.deepcopy(function)
-                change, own = Change(which, how), _own(changed)
+                change, own = Change(which, how), _parts(changed)[1]
                 changed.body[-len(own) :] = [change.visit(statement) for statement in own]
                 if not change.done:
                     break
@@ -184,6 +185,7 @@ def measure(path):
     "One row for each exercise of a lesson; its workbook runs as by a learner who writes nothing"
     lesson = _read(path)
     exercises = {lesson['cells'][e.cell]['id']: e for e in _find_exercises(lesson)}
+    named = _checks(lesson, list(exercises.values()))
     shell, rows = InteractiveShell.instance(), []
     for cell in _make_workbook(lesson)['cells']:
         behind = cell['cell_type'] != 'code' or cell['source'].startswith(('%%check', '%%solution'))
@@ -191,12 +193,8 @@ def measure(path):
             break
         if cell['id'] in exercises:
             e = exercises[cell['id']]
-            checks = [
-                c['source']
-                for c in lesson['cells'][e.cell + 1 : e.last + 1]
-                if c['cell_type'] == 'code'
-            ]
-            checks = [plain for source in checks if (plain := _plain(source))]
+            places = [i for i, name in named.items() if name.startswith(f'{e.name} ')]
+            checks = [_plain(lesson['cells'][i]['source']) for i in places]
             if fails(shell, [e.source, *checks]) or not fails(shell, [_make_stub(e), *checks]):
                 sys.exit(f'{path.name}: {e.name} must fail as a stub, and pass as it stands')
             tried = spread(mutants(e))

@@ -237,7 +237,9 @@ def derive():
             files[NBS / name] = text.encode()
     files |= dict.fromkeys((NBS / 'images').glob('readme_*.*'))
     files |= dict.fromkeys((NBS / WORKBOOK).glob('*.ipynb'))
-    for name, text in _make_workbooks(lessons, '..').items():
+    for name, text in _make_workbooks(
+        lessons, f'{cfg["git_url"]}/blob/{cfg["branch"]}/nbs'
+    ).items():
         files[NBS / WORKBOOK / name] = text.encode()
     return files | readme(new['index.ipynb'], cfg, yaml.safe_load(site))
 

@@ -11,6 +11,9 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import metadata
+from itertools import takewhile
 from pathlib import Path
 
 from .files import atomic_write, show_path, whole_path
@@ -18,7 +21,7 @@ from .files import atomic_write, show_path, whole_path
 # %% ../nbs/80_workbook.ipynb #workbook-directives
 def _directives(source: str) -> tuple[dict, str]:
     "The `#|` lines on top of a cell, as lists by name, and the rest."
-    lines, found = source.splitlines(), {}
+    lines, found = source.split('\n'), {}
     while lines and lines[0].startswith('#|'):
         name, _, text = lines.pop(0)[2:].strip().partition(' ')
         found.setdefault(name.rstrip(':'), []).append(text.strip())
@@ -27,7 +30,11 @@ def _directives(source: str) -> tuple[dict, str]:
 
 def _definition(source: str):
     "The one function or class that a cell defines, at its end."
-    kinds, body = (ast.FunctionDef, ast.ClassDef), ast.parse(source).body
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as e:
+        raise ValueError(f'an exercise must be plain Python, got {source!r}') from e
+    kinds = (ast.FunctionDef, ast.ClassDef)
     defined = [node for node in body if isinstance(node, kinds)]
     if len(defined) != 1 or body[-1] is not defined[0]:
         raise ValueError(f'an exercise must end with the one thing it defines, got {source!r}')
@@ -88,26 +95,30 @@ def _is_given(statement) -> bool:
     return isinstance(value, ast.Constant)
 
 
-def _own(function: ast.FunctionDef) -> list:
-    "The statements that are the learner's."
-    given = 0
-    while _is_given(function.body[given]):
-        given += 1
-    return function.body[given:]
+def _parts(function: ast.FunctionDef) -> tuple[list, list]:
+    "The statements that are given, and those that are the learner's."
+    given = list(takewhile(_is_given, function.body))
+    return given, function.body[len(given) :]
 
 # %% ../nbs/80_workbook.ipynb #workbook-stub-export
 def _make_stub(
     exercise: _Exercise,  # as `_find_exercises` finds it
 ) -> str:  # the cell to begin with
     "The definition without its body."
-    lines = exercise.source.splitlines()
+    lines = exercise.source.split('\n')
     for function in reversed(_functions(exercise)):
-        own = _own(function)
-        first = own[0].lineno - 1
-        while lines[first - 1].strip().startswith('#'):  # a comment above it tells too much
+        given, own = _parts(function)
+        head = given[-1].end_lineno if given else function.lineno
+        if not own or own[0].lineno <= head:
+            raise ValueError(f'{function.name} must have a body on lines of its own')
+        first, last = own[0].lineno - 1, function.end_lineno
+        indent = lines[first][: own[0].col_offset]
+        # comments around the body tell too much
+        while first > head and lines[first - 1].strip()[:1] in ('', '#', '@'):
             first -= 1
-        turn = ' ' * own[0].col_offset + "raise NotImplementedError('your turn')"
-        lines[first : function.end_lineno] = [turn]
+        while last < len(lines) and lines[last].startswith(f'{indent}#'):
+            last += 1
+        lines[first:last] = [f"{indent}raise NotImplementedError('your turn')"]
     return '\n'.join(lines)
 
 # %% ../nbs/80_workbook.ipynb #workbook-make-private
@@ -143,6 +154,16 @@ def _plain(source: str) -> str | None:
     found, rest = _directives(source)
     skipped = 'default_exp' in found or 'slow' in found or found.get('eval') == ['false']
     return None if skipped and '/content' not in rest else rest
+
+
+def _checks(lesson: dict, exercises: list) -> dict:
+    "Which cells run under an exercise's name: {place: 'NAME 1/3'}."
+    found = {}
+    for e in exercises:
+        cells = [(i, lesson['cells'][i]) for i in range(e.cell + 1, e.last + 1)]
+        code = [i for i, c in cells if c['cell_type'] == 'code' and _plain(c['source'])]
+        found |= {i: f'{e.name} {n}/{len(code)}' for n, i in enumerate(code, 1)}
+    return found
 
 
 def _is_plumbing(source: str) -> bool:
@@ -196,7 +217,7 @@ def _make_workbook(
     "The lesson as a workbook."
     exercises = _find_exercises(lesson)
     at = {e.cell: e for e in exercises}
-    behind = {i: e for e in exercises for i in range(e.cell + 1, e.last + 1)}
+    checks, last = _checks(lesson, exercises), {e.last: e for e in exercises}
     cells, numbers = [], _numbers(lesson)
     for i, cell in enumerate(lesson['cells']):
         name, source = cell['id'], cell['source']
@@ -212,13 +233,13 @@ def _make_workbook(
             cells.append(_new_cell('code', name, '# Your answer'))
             cells.append(_new_cell('markdown', f'{name}-answer', answer))
         elif plain := _plain(source):
-            magic = f'%%check {behind[i].name}\n' if i in behind else ''
+            magic = f'%%check {checks[i]}\n' if i in checks else ''
             folded = _FOLDED if _is_plumbing(source) else {}
             cells.append(_new_cell('code', name, magic + plain, **folded))
             if caption := _caption(source, numbers):
                 cells.append(_new_cell('markdown', f'{name}-caption', caption))
-        if i in behind and i == behind[i].last and not solutions:
-            cells.append(_solution(behind[i], f'{name}-solution'))
+        if i in last and not solutions:
+            cells.append(_solution(last[i], f'{name}-solution'))
     title, _, rest = cells[0]['source'].partition('\n')
     cells[0]['source'] = f'{title}: exercises\n{rest}'.strip()
     introduction = _INTRODUCTION.format(n=f'{len(exercises)} definitions')
@@ -250,9 +271,51 @@ class _Exercises:
     ):
         self.shell, self.names = shell, shell.user_ns
         self.written, self.given = {}, {}  # definitions by name: the learner's, the lesson's
-        self.before = {}  # by name, all variables as they were when its checks began
-        self.behind = {}  # by name, the cells that check it: {source: it passed}
-        shell.set_custom_exc((NotImplementedError,), self._your_turn)
+        self.checks = {}  # by name, its checks: {number: (source, whether it passed)}
+        self.totals = {}  # by name, how many there are
+        self.begun = ''  # the exercise whose checks began last; what they changed can be undone
+        self.before, self.bound, self.undo = {}, set(), []
+
+    def check(
+        self,
+        line: str,  # the name of the exercise, and which of its checks it is: NAME 1/3
+        cell: str,  # what uses it
+    ):
+        "Run the cell with the learner's definition, and go on if it fails."
+        name, number, total = re.fullmatch(r'(\w+) (\d+)/(\d+)', line.strip()).groups()
+        number, self.totals[name] = int(number), int(total)
+        filled_in = self._take(name)
+        checks = self.checks[name]
+        if not all(passed for n, (_, passed) in checks.items() if n < number):
+            checks[number] = cell, False
+            print('not run, since a check above it fails')
+            return
+        self.names[name] = self.written[name]
+        checks[number] = cell, self._run(cell)
+        if filled_in and not self.passes(name):
+            self.names[name] = self.given[name]
+
+    def _take(self, name: str) -> bool:
+        "Note what the learner has written; whether the lesson's own is bound instead."
+        now = self.names.get(name)
+        if name in self.given and now is self.given[name]:
+            return True
+        if name not in self.checks or now is not self.written[name]:
+            self.written[name], self.checks[name] = now, {}
+            self.begun, self.before, self.bound = name, dict(self.names), set()
+            self.undo = [_undo(value) for value in self.names.values()]
+        return False
+
+    def _run(self, cell: str) -> bool:
+        "Run a cell, with a short word where the body is still to be written."
+        was = dict(self.names)
+        kept = self.shell.custom_exceptions, self.shell.CustomTB
+        self.shell.set_custom_exc((NotImplementedError,), self._your_turn)
+        try:
+            return self.shell.run_cell(cell).success
+        finally:
+            self.shell.custom_exceptions, self.shell.CustomTB = kept
+            self.bound |= {n for n, value in self.names.items() if value is not was.get(n)}
 
     def _your_turn(self, shell, kind, error, trace, tb_offset=None):
         if str(error) == 'your turn':
@@ -260,30 +323,13 @@ class _Exercises:
         else:
             shell.showtraceback((kind, error, trace))
 
-    def check(
-        self,
-        line: str,  # the name of the exercise
-        cell: str,  # what uses it
-    ):
-        "Run the cell with the learner's definition, and go on if it fails."
-        name = line.strip()
-        now = self.names.get(name)
-        if name in self.given and now is self.given[name]:
-            self.names[name] = self.written.get(name)
-        elif name not in self.written or now is not self.written[name]:
-            self.written[name], self.behind[name] = now, {}
-            self.before[name] = dict(self.names)
-        behind = self.behind[name]
-        earlier = [passed for source, passed in behind.items() if source != cell]
-        # one failure at a time
-        behind[cell] = all(earlier) and self.shell.run_cell(cell).success
-
     def passes(
         self,
         name: str,  # of an exercise
-    ) -> bool:  # False as well where nothing was checked
-        "Whether all that ran behind the learner's definition went well."
-        return bool(self.behind.get(name)) and all(self.behind[name].values())
+    ) -> bool:  # False as well where a check was not run
+        "Whether all checks of the learner's definition went well."
+        passed = [passed for _, passed in self.checks.get(name, {}).values()]
+        return passed == [True] * self.totals.get(name, 1)
 
     def solution(
         self,
@@ -294,16 +340,26 @@ class _Exercises:
         from IPython.utils.capture import capture_output
 
         name = line.strip()
+        self._take(name)
         if self.passes(name):
+            self.names[name] = self.written[name]
             print(f'{name}: passes')
             return
-        self.names.update(self.before.get(name, {}))
-        self.shell.run_cell(cell)
+        if self.begun == name:
+            self.names.update((n, self.before[n]) for n in self.bound & self.before.keys())
+            for undo in self.undo:
+                undo()
+        if not self.shell.run_cell(cell).success:
+            return
         self.given[name] = self.names[name]
+        replay = [source for _, (source, _) in sorted(self.checks[name].items())]
         with capture_output():
-            ran = [self.shell.run_cell(source).success for source in self.behind.get(name, {})]
+            ran = [self.shell.run_cell(source).success for source in replay]
         if not all(ran):
-            raise RuntimeError('something before this cell is missing: run the notebook in order')
+            raise RuntimeError(
+                'something before this cell is missing or was changed: restart the kernel, and '
+                'run the notebook in order'
+            )
         print(f"{name}: does not pass yet; from here on, the lesson's own is used")
 
     def passed(
@@ -313,8 +369,21 @@ class _Exercises:
         "Say which exercises pass."
         names = line.split()
         for name in names:
+            self._take(name)
             print('✓' if self.passes(name) else '✗', name)
         print(f'{sum(map(self.passes, names))} of {len(names)} exercises pass')
+
+
+def _undo(value):
+    "A function that puts a tensor or a generator back as it is now, if it is changed in place."
+    import torch
+
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if not isinstance(value, torch.Tensor):
+        return lambda: None
+    tensor, kept = value.detach(), value.detach().clone()
+    return lambda: None if torch.equal(tensor, kept) else tensor.copy_(kept)
 
 # %% ../nbs/80_workbook.ipynb #workbook-load-export
 def load_ipython_extension(
@@ -327,8 +396,11 @@ def load_ipython_extension(
 
 # %% ../nbs/80_workbook.ipynb #workbook-read
 def _joined(notebook: dict) -> dict:
-    "The notebook with its sources as strings; in files they are lists of lines."
-    cells = [cell | {'source': ''.join(cell['source'])} for cell in notebook['cells']]
+    "The notebook with what it may lack, and its sources as strings; files have lists of lines."
+    cells = [
+        {'id': f'cell-{n}', 'metadata': {}} | cell | {'source': ''.join(cell['source'])}
+        for n, cell in enumerate(notebook['cells'])
+    ]
     return notebook | {'cells': cells}
 
 
@@ -352,7 +424,7 @@ def _linked(text: str, elsewhere: str, names) -> str:
 # %% ../nbs/80_workbook.ipynb #workbook-make-all
 def _make_workbooks(
     lessons: dict,  # notebooks by file name
-    elsewhere: str,  # the lessons' folder as seen from that of the workbooks
+    elsewhere: str,  # where notebooks without exercises are: an address or a folder
     solutions: bool = False,  # keep the bodies
 ) -> dict[str, str]:  # the files' text by name, for lessons with exercises
     "The workbooks of several lessons."
@@ -400,11 +472,13 @@ def write_workbooks(
     paths = list(map(_find_lesson, lessons))
     paths = paths or sorted(_lessons_folder().glob('[0-9][0-9]_*.ipynb'))
     out_dir, folder = whole_path(out_dir), paths[0].parent
-    made = _make_workbooks(
-        {path.name: _read(path) for path in paths}, os.path.relpath(folder, out_dir), solutions
-    )
+    if out_dir.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f'out_dir must be outside of {show_path(folder)}, where the lessons are')
+    repository = metadata('transformers_tut')['Home-page']
+    notebooks = {path.name: _read(path) for path in paths}
+    made = _make_workbooks(notebooks, f'{repository}/blob/HEAD/nbs', solutions)
     without = [path.name for path in paths if path.name not in made]
-    if lessons and without:
+    if without and (lessons or not made):
         raise ValueError(f'there are no exercises in {", ".join(without)}')
     files = {out_dir / name: text for name, text in made.items()}
     for table in sorted(folder.glob('results/*.csv')):
