@@ -206,7 +206,7 @@ def measure(path):
         if cell['cell_type'] == 'code':
             with capture_output() as said:
                 success = shell.run_cell(cell['source']).success
-            if not success:
+            if not success or 'restart the kernel' in said.stdout:
                 sys.exit(
                     f'{path.name}: a cell of its workbook fails\n{cell["source"]}\n{said.stdout}'
                 )

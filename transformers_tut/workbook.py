@@ -15,6 +15,7 @@ from functools import partial
 from importlib.metadata import metadata
 from itertools import takewhile
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 from .files import atomic_write, show_path, whole_path
 
@@ -273,8 +274,7 @@ class _Exercises:
         self.written, self.given = {}, {}  # definitions by name: the learner's, the lesson's
         self.checks = {}  # by name, its checks: {number: (source, whether it passed)}
         self.totals = {}  # by name, how many there are
-        self.begun = ''  # the exercise whose checks began last; what they changed can be undone
-        self.before, self.bound, self.undo = {}, set(), []
+        self.moments = {}  # by name, the variables when its checks began for the first time
 
     def check(
         self,
@@ -282,8 +282,11 @@ class _Exercises:
         cell: str,  # what uses it
     ):
         "Run the cell with the learner's definition, and go on if it fails."
-        name, number, total = re.fullmatch(r'(\w+) (\d+)/(\d+)', line.strip()).groups()
-        number, self.totals[name] = int(number), int(total)
+        found = re.fullmatch(r'(\w+) (\d+)/(\d+)', line.strip())
+        if not found:
+            raise ValueError(f'%%check takes NAME 1/3, got {line!r}: make the workbook anew')
+        name, number = found[1], int(found[2])
+        self.totals[name] = int(found[3])
         filled_in = self._take(name)
         checks = self.checks[name]
         if not all(passed for n, (_, passed) in checks.items() if n < number):
@@ -302,20 +305,20 @@ class _Exercises:
             return True
         if name not in self.checks or now is not self.written[name]:
             self.written[name], self.checks[name] = now, {}
-            self.begun, self.before, self.bound = name, dict(self.names), set()
-            self.undo = [_undo(value) for value in self.names.values()]
+            if name in self.moments:  # the learner comes back to it
+                self.moments[name].restore(self.names)
+            else:
+                self.moments[name] = _Moment(self.names)
         return False
 
     def _run(self, cell: str) -> bool:
         "Run a cell, with a short word where the body is still to be written."
-        was = dict(self.names)
         kept = self.shell.custom_exceptions, self.shell.CustomTB
         self.shell.set_custom_exc((NotImplementedError,), self._your_turn)
         try:
             return self.shell.run_cell(cell).success
         finally:
             self.shell.custom_exceptions, self.shell.CustomTB = kept
-            self.bound |= {n for n, value in self.names.items() if value is not was.get(n)}
 
     def _your_turn(self, shell, kind, error, trace, tb_offset=None):
         if str(error) == 'your turn':
@@ -345,22 +348,16 @@ class _Exercises:
             self.names[name] = self.written[name]
             print(f'{name}: passes')
             return
-        if self.begun == name:
-            self.names.update((n, self.before[n]) for n in self.bound & self.before.keys())
-            for undo in self.undo:
-                undo()
+        self.moments[name].restore(self.names)
         if not self.shell.run_cell(cell).success:
             return
         self.given[name] = self.names[name]
         replay = [source for _, (source, _) in sorted(self.checks[name].items())]
         with capture_output():
             ran = [self.shell.run_cell(source).success for source in replay]
-        if not all(ran):
-            raise RuntimeError(
-                'something before this cell is missing or was changed: restart the kernel, and '
-                'run the notebook in order'
-            )
         print(f"{name}: does not pass yet; from here on, the lesson's own is used")
+        if not all(ran):
+            print('To go on, restart the kernel and run the cells from the top: some are missing.')
 
     def passed(
         self,
@@ -373,17 +370,46 @@ class _Exercises:
             print('✓' if self.passes(name) else '✗', name)
         print(f'{sum(map(self.passes, names))} of {len(names)} exercises pass')
 
+# %% ../nbs/80_workbook.ipynb #workbook-moment-export
+class _Moment:
+    "The values in a notebook, to come back to."
+
+    def __init__(self, names: dict):
+        import torch
+
+        stay = (FunctionType, ModuleType, type)
+        self.values = {
+            name: value
+            for name, value in names.items()
+            if not name.startswith('_') and not isinstance(value, stay)
+        }
+        undo = map(_undo, [torch.default_generator, *self.values.values()])
+        self.undo = list(filter(None, undo))
+
+    def restore(self, names: dict):
+        names.update(self.values)
+        for undo in self.undo:
+            undo()
+
 
 def _undo(value):
-    "A function that puts a tensor or a generator back as it is now, if it is changed in place."
+    "A function that puts a tensor or a generator back as it is now; None for what is neither."
     import torch
 
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
-    if not isinstance(value, torch.Tensor):
-        return lambda: None
-    tensor, kept = value.detach(), value.detach().clone()
-    return lambda: None if torch.equal(tensor, kept) else tensor.copy_(kept)
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.numel() > 1_000_000:
+        return None
+    content, grad, requires_grad = value.detach().clone(), value.grad, value.requires_grad
+
+    def undo():
+        if not torch.equal(value.detach(), content):
+            value.detach().copy_(content)
+        if value.is_leaf:
+            value.grad = grad
+            value.requires_grad_(requires_grad)
+
+    return undo
 
 # %% ../nbs/80_workbook.ipynb #workbook-load-export
 def load_ipython_extension(
