@@ -124,9 +124,10 @@ def _make_stub(
 
 # %% ../nbs/80_workbook.ipynb #workbook-make-private
 _INTRODUCTION = (
-    'In this copy of the lesson, {n} are yours to write. Each comes with hints to unfold, and '
-    'with checks behind it that say whether it passes. What you leave out is filled in, folded, '
-    'so you can go on at any place. The last cell shows what passes.'
+    'In this copy of the lesson, {n} are yours to write. Run the cells in order; at an exercise '
+    'write the body, and run it and the checks behind it. Hints unfold one by one. What you leave '
+    'out is filled in by the folded cell behind the checks, so you can go on, and come back at '
+    'any time. The last cell shows what passes.'
 )
 
 
