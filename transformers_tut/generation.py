@@ -113,6 +113,23 @@ def _cut_off(
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
+# %% ../nbs/08_generation.ipynb #16f64861
+def _check_logits(logits: Tensor) -> Tensor:
+    "Refuse logits of which no token can be the likeliest."
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError('logits hold NaN, infinity, or only tokens that are ruled out')
+    return logits
+
+
+def _check_sampling(temperature, top_k, top_p):
+    "Refuse knobs that have no meaning."
+    if not check_number('temperature', temperature, minimum=0) < torch.inf:
+        raise ValueError(f'temperature must be finite, got {temperature}')
+    if top_k is not None:
+        check_int('top_k', top_k, minimum=0)
+    if top_p is not None and check_positive('top_p', top_p) > 1:
+        raise ValueError(f'top_p must be in (0, 1], got {top_p}')
+
 # %% ../nbs/08_generation.ipynb #cc94382f
 def token_probabilities(
     logits: Tensor,  # [..., V]
@@ -133,23 +150,6 @@ def token_probabilities(
         return probs
     probs, order = probs.sort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(probs).scatter(-1, order, _cut_off(probs, top_k, top_p))
-
-# %% ../nbs/08_generation.ipynb #16f64861
-def _check_logits(logits: Tensor) -> Tensor:
-    "Refuse logits of which no token can be the likeliest."
-    if not logits.amax(-1).isfinite().all():
-        raise ValueError('logits hold NaN, infinity, or only tokens that are ruled out')
-    return logits
-
-
-def _check_sampling(temperature, top_k, top_p):
-    "Refuse knobs that have no meaning."
-    if not check_number('temperature', temperature, minimum=0) < torch.inf:
-        raise ValueError(f'temperature must be finite, got {temperature}')
-    if top_k is not None:
-        check_int('top_k', top_k, minimum=0)
-    if top_p is not None and check_positive('top_p', top_p) > 1:
-        raise ValueError(f'top_p must be in (0, 1], got {top_p}')
 
 # %% ../nbs/08_generation.ipynb #8ab84d54
 class _Reader:
@@ -299,7 +299,7 @@ class _Beams:
         logits: Tensor,  # of all beams' next token, [B * K, V]
         num_beams: int,  # how many go on, if there are so many
     ) -> tuple[Tensor, Tensor]:  # the beam that each comes from, and its new token: [B, num_beams]
-        "The best ways to go on, the best first."
+        "The best ways to go on, the best first; `total`, `length` and `done` become theirs."
         total = self.total.unsqueeze(-1) + self.gain(logits)  # [B, K, V]
         length = self.length + ~self.done  # [B, K]
         rank = total / length.unsqueeze(-1) ** self.length_penalty
