@@ -132,7 +132,7 @@ def scaled_dot_product(
     key_padding_mask: Tensor | None = None,  # True = a real key: [B, Tk]
     is_causal: bool = False,  # query i sees keys 0..i
     dropout_p: float = 0.0,  # probability of dropping a weight, whenever it is above 0
-) -> tuple[Tensor, Tensor]:  # values [..., Tq, d_v], attention [..., Tq, Tk]
+) -> tuple[Tensor, Tensor]:  # values [..., Tq, d_v], attention [..., Tq, Tk], after dropout
     "Attention by the definition (Vaswani et al. 2017, eq. 1), with its weights."
     _check_fit(q, k, v, dropout_p)
     mask = _combine_masks(q, k, mask, key_padding_mask, is_causal)
@@ -251,7 +251,8 @@ class MultiheadAttention(nn.Module):
         x: Tensor,  # [B, T, D_in]
     ) -> tuple[Tensor, Tensor, Tensor]:  # q, k, v: [B, H, T, d] each
         "Queries, keys and values of all heads."
-        B, T, _ = check_tensor('x', x, f'[B, T, {self.input_dim}]').shape
+        check_tensor('x', x, f'[B, T, {self.input_dim}]')
+        B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, self.num_heads, 3 * self.head_dim)
         q, k, v = qkv.chunk(3, dim=-1)  # [B, T, H, d] each
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
