@@ -13,6 +13,7 @@ import sys
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 
 import nbformat
@@ -73,9 +74,9 @@ def processed(folder):
 def options_of(source):
     "A cell's `#|` options, and its code"
     lines = source.splitlines(keepends=True)
-    options = ''.join(line[2:] for line in lines if line.startswith('#| '))
-    code = ''.join(line for line in lines if not line.startswith('#|'))
-    return yaml.safe_load(options) or {}, code.strip('\n')
+    head = list(takewhile(lambda line: line.startswith('#|'), lines))
+    options = ''.join(line[2:] for line in head)
+    return yaml.safe_load(options) or {}, ''.join(lines[len(head) :]).strip('\n')
 
 
 def block(text, attributes):
