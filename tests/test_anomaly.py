@@ -503,7 +503,7 @@ source = ImageSource(pictures(True, 50), pictures(False, 9), picture_cnn())
 small = dict(data='few', source=source, set_size=5, batch_size=30, epochs=8)
 options = json.loads(sys.argv[1])
 _, metrics = train_anomaly(**small, accelerator='cpu', progress=False, **options)
-print('RESULT', json.dumps(metrics))
+print('\\nRESULT', json.dumps(metrics), flush=True)  # on a line of its own, whoever else prints
 """
 
 
@@ -530,6 +530,7 @@ def results(process):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, f'{out}\n{err}'
     found = [line for line in out.splitlines() if line.startswith('RESULT ')]
+    assert found, f'{out}\n{err}'
     return [json.loads(line.removeprefix('RESULT ')) for line in found]
 
 

@@ -10,12 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [*sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')), ROOT / 'nbs' / 'index.ipynb']
-SLOWEST_FIRST = [
-    '13_anomaly',
-    '10_reverse',
-    '20_speed',
-]  # so that no core waits for them at the end
-NOTEBOOKS.sort(key=lambda path: path.stem not in SLOWEST_FIRST)
 
 
 def nbdev(command, *options, cwd, **env):
