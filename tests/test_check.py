@@ -29,6 +29,7 @@ def notebook(*cells):
         if kind == 'code':
             picture = {'output_type': 'display_data', 'metadata': {}, 'data': {'image/png': ''}}
             outputs = [picture] if 'draw()' in source else []
+            cell['metadata'] = {'tags': ['answer'] if 'code-fold' in source else []}
             cell |= {'execution_count': None, 'outputs': outputs}
         out.append(cell)
     return json.dumps({'cells': out, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5})
@@ -52,6 +53,9 @@ FILES = {
         ('markdown', '# Second\n\n> description'),
         ('code', '#| default_exp second'),
         ('code', 'from transformers_tut.first import hand'),
+        ('markdown', '## Try it'),
+        ('markdown', '**1.** How many?'),
+        ('code', '#| code-fold: true\nassert 1 + 1 == 2'),
     ),
     'nbs/90_tools.ipynb': notebook(
         ('markdown', '# Tools\n\n> description'),
@@ -142,6 +146,9 @@ PLANTED = [  # file, what stands there, what is put in its place, what the probl
         'import hand\nhand()',
         'imports and other code; give the imports a cell of their own',
     ),
+    ('nbs/01_second.ipynb', 'answer', 'other', 'there must be a folded cell tagged "answer"'),
+    ('nbs/01_second.ipynb', 'code-fold', 'echo', 'there must be a folded cell tagged "answer"'),
+    (FIRST, '### The end', '## Try it', 'give each question a cell of its own, and an answer'),
     (FIRST, 'return hammer', 'return hammer\ndef two(): pass', 'defines one and two'),
     (FIRST, '[below]', '[the `hammer` below]', 'write hammer without backticks in the text of a'),
     (FIRST, 'a hammer', 'a `hammer`', 'write hammer without backticks in a comment'),
